@@ -1,0 +1,1 @@
+"""Reading, chat templates, tokenizing and packed collation; no torch."""

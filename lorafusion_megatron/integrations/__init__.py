@@ -1,0 +1,1 @@
+"""PEFT, Megatron-LM pretraining scripts, Megatron-Bridge."""

@@ -1,0 +1,1 @@
+"""Triton kernels, each beside an fp32 reference in PyTorch; knows torch and triton, nothing of ours."""

@@ -1,0 +1,1 @@
+"""Multi-adapter LoRA: routing, adapter bank, autograd functions, functional form, module."""

@@ -1,0 +1,1 @@
+"""The only importer of ``megatron``: injection, TP/SP linears, forward step, pipeline, optimizer steps."""

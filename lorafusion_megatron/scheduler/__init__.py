@@ -1,0 +1,1 @@
+"""Grouping, packing, merging, dependency repair, validation and simulation: pure functions over frozen data."""

@@ -1,0 +1,1 @@
+"""The loop, metrics, progress and traces."""
