@@ -133,6 +133,8 @@ class AdapterSpec:
     use_rslora: bool = False
     target_modules: tuple[str, ...]
     """Hugging Face projection names (one A each) or Megatron module names (one A shared over a fused linear)."""
+    layers_to_transform: tuple[int, ...] | None = None
+    """Layers that carry the adapter, from 0; None for all (PEFT's name)."""
     seed: int
     """Seed of initial values and dropout masks; does not depend on the other jobs."""
 

@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+ALL_ROWS = -1
+"""Projection index of a factor pair that serves every output row of its linear."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LinearAdapter:
@@ -26,13 +29,21 @@ class LinearAdapter:
     scaling: float
     dropout: float
     projections: tuple[int, ...]
-    """Per block of ``rank`` columns the projection (index into the linear's output projections) it belongs to."""
+    """Per block of ``rank`` columns the projection (index into the linear's output projections) whose rows it
+    serves; `ALL_ROWS` where one A is shared over the whole fused linear."""
     rank: int
 
     @property
     def columns(self) -> int:
         """Width of S for this adapter."""
         return self.rank * len(self.projections)
+
+    def block_mask(self, row_projection: torch.Tensor | None) -> torch.Tensor | None:
+        """bool ``[out_features, columns]``: the entries of B that exist; None where all do."""
+        if row_projection is None or self.projections == (ALL_ROWS,):
+            return None
+        of_column = torch.tensor(self.projections, device=row_projection.device).repeat_interleave(self.rank)
+        return (of_column == row_projection[:, None]) | (of_column == ALL_ROWS)
 
 
 @dataclass(kw_only=True)

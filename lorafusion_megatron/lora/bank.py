@@ -1,0 +1,259 @@
+"""All adapters of one stage: each adapter's parameters, fp32 gradients and fp32 masters lie in one flat buffer each.
+
+Features: an optimizer step is a few kernels and one all-reduce however many layers there are; gradients of what
+every tensor-parallel rank holds alike lie together in front, so that their reduction is one contiguous piece.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..types import AdapterSpec
+from .adapters import ALL_ROWS, LinearAdapter, LinearAdapters
+
+ALIGNMENT = 64
+"""Elements to which each factor's start is aligned: 128 bytes in bf16, enough for any bulk copy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetLinear:
+    """One linear of this stage that adapters may target, and how tensor parallelism splits it."""
+
+    adapters: LinearAdapters
+    layer: int
+    """Global layer number from 0."""
+    linear: str
+    """Megatron's name: linear_qkv, linear_proj, linear_fc1 or linear_fc2."""
+    column_parallel: bool
+    """Column-parallel: A is replicated and B split by rows. Otherwise A is split by columns and B replicated."""
+    full_in_features: int
+    projections: tuple[str, ...]
+    """Hugging Face names of the projections, by the index that ``row_projection`` uses."""
+    projection_rows: tuple[int, ...]
+    """Output rows of each whole projection."""
+    row_index: torch.Tensor
+    """int64 ``[out_features]``: for each local output row its row within its whole projection."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorPiece:
+    """This rank's part of one factor of one projection, in PEFT's orientation, for exchange with files.
+
+    ``full.index_copy_(dim, index, tensor)`` puts it in place; ``index`` None means that it is the whole.
+    """
+
+    layer: int
+    projection: str
+    factor: str
+    """``A`` ``[r, in]`` or ``B`` ``[out, r]``."""
+    full_shape: tuple[int, int]
+    dim: int
+    index: torch.Tensor | None
+    tensor: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Block:
+    """Where one projection's factors lie: rows of A, and rows and columns of B, of one target linear."""
+
+    target: TargetLinear
+    projection: int
+    name: str
+    rows: torch.Tensor
+    """int64: local output rows of the projection."""
+    columns: slice
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+class AdapterShard:
+    """One adapter on this rank: flat buffers, and the views of them that its linears use.
+
+    Attributes:
+        master: fp32 ``[numel]``, what the optimizer steps.
+        params: compute dtype ``[numel]``, what the linears read; the master itself in fp32.
+        grad: fp32 ``[numel + 1]``; the last element collects the step's loss, so that it is reduced with it.
+        num_replicated: how many elements in front every tensor-parallel rank holds alike.
+    """
+
+    def __init__(self, spec: AdapterSpec, targets: Sequence[TargetLinear], *, dtype: torch.dtype) -> None:
+        self.spec = spec
+        chosen = [(target, _projections_of(spec, target)) for target in targets]
+        chosen = [(target, projections) for target, projections in chosen if projections]
+        offsets, self.num_replicated, numel = _layout(spec.rank, chosen)
+        device = chosen[0][0].row_index.device if chosen else _device_of(targets)
+        self.master = torch.zeros(numel, dtype=torch.float32, device=device)
+        self.params = self.master if dtype == torch.float32 else torch.zeros(numel, dtype=dtype, device=device)
+        self.grad = torch.zeros(numel + 1, dtype=torch.float32, device=device)
+        self._blocks: list[_Block] = []
+        self._linears: list[tuple[TargetLinear, LinearAdapter]] = []
+        for (target, projections), (a_at, b_at) in zip(chosen, offsets, strict=True):
+            self._place(target, projections, a_at, b_at)
+        self._init_values()
+
+    @property
+    def numel(self) -> int:
+        """Elements of this rank's share, alignment included."""
+        return self.master.numel()
+
+    @property
+    def loss(self) -> torch.Tensor:
+        """fp32 scalar view: the loss that microbatches of the current step add to (last stage)."""
+        return self.grad[-1]
+
+    def attach(self, slot: int) -> None:
+        """Serve rows of ``slot`` with this adapter on each of its linears."""
+        for target, adapter in self._linears:
+            target.adapters.by_slot[slot] = adapter
+
+    def refresh(self) -> None:
+        """Round the fp32 masters into the parameters that the linears read."""
+        if self.params is not self.master:
+            self.params.copy_(self.master)
+
+    def pieces(self) -> list[FactorPiece]:
+        """This rank's part of every factor, in fp32, copied: what an export gathers."""
+        out = []
+        for block in self._blocks:
+            target, size = block.target, self.spec.rank
+            columns = None
+            if not target.column_parallel:
+                offset = target.adapters.feature_offset
+                columns = torch.arange(offset, offset + target.adapters.in_features)
+            rows_full = _full_rows(target, block.projection)
+            out.append(
+                FactorPiece(
+                    layer=target.layer,
+                    projection=block.name,
+                    factor="A",
+                    full_shape=(size, target.full_in_features),
+                    dim=1,
+                    index=columns,
+                    tensor=block.a.to("cpu", copy=True),
+                )
+            )
+            out.append(
+                FactorPiece(
+                    layer=target.layer,
+                    projection=block.name,
+                    factor="B",
+                    full_shape=(rows_full, size),
+                    dim=0,
+                    index=_full_row_index(target, block),
+                    tensor=block.b[block.rows, block.columns].to("cpu", copy=True),
+                )
+            )
+        return out
+
+    @torch.no_grad()
+    def load(self, factors: Mapping[tuple[int, str, str], torch.Tensor]) -> None:
+        """Take values from whole factors: ``(layer, projection, "A" | "B")`` -> tensor in PEFT's orientation.
+
+        Raises:
+            KeyError: a factor of this rank is missing.
+        """
+        for block in self._blocks:
+            target = block.target
+            a, b = factors[target.layer, block.name, "A"], factors[target.layer, block.name, "B"]
+            offset = target.adapters.feature_offset
+            block.a.copy_(a[:, offset : offset + target.adapters.in_features])
+            block.b[block.rows, block.columns] = b[_full_row_index(target, block).to(b.device)].to(block.b)
+        self.refresh()
+
+    def _place(self, target: TargetLinear, projections: tuple[int, ...], a_at: int, b_at: int) -> None:
+        linear = target.adapters
+        columns = self.spec.rank * len(projections)
+        a_shape, b_shape = (columns, linear.in_features), (linear.out_features, columns)
+
+        def view(flat: torch.Tensor, at: int, shape: tuple[int, int]) -> torch.Tensor:
+            return flat[at : at + math.prod(shape)].view(shape)
+
+        self._linears.append(
+            (
+                target,
+                LinearAdapter(
+                    a=view(self.params, a_at, a_shape),
+                    b=view(self.params, b_at, b_shape),
+                    grad_a=view(self.grad, a_at, a_shape),
+                    grad_b=view(self.grad, b_at, b_shape),
+                    scaling=self.spec.scaling,
+                    dropout=self.spec.dropout,
+                    projections=projections,
+                    rank=self.spec.rank,
+                ),
+            )
+        )
+        a, b = view(self.master, a_at, a_shape), view(self.master, b_at, b_shape)
+        for k, projection in enumerate(projections):
+            block = slice(k * self.spec.rank, (k + 1) * self.spec.rank)
+            rows = torch.arange(linear.out_features, device=b.device)
+            if projection != ALL_ROWS and linear.row_projection is not None:
+                rows = rows[linear.row_projection == projection]
+            name = target.linear if projection == ALL_ROWS else target.projections[projection]
+            self._blocks.append(
+                _Block(target=target, projection=projection, name=name, rows=rows, columns=block, a=a[block], b=b)
+            )
+
+    @torch.no_grad()
+    def _init_values(self) -> None:
+        """PEFT's start: A uniform in +-1/sqrt(in), B zero; from the whole matrix, so the same under any TP."""
+        for block in self._blocks:
+            target = block.target
+            bound = 1.0 / math.sqrt(target.full_in_features)
+            generator = torch.Generator().manual_seed(_seed(self.spec.seed, f"{target.layer}.{block.name}"))
+            full = torch.empty(self.spec.rank, target.full_in_features).uniform_(-bound, bound, generator=generator)
+            offset = target.adapters.feature_offset
+            block.a.copy_(full[:, offset : offset + target.adapters.in_features])
+        self.refresh()
+
+
+def _projections_of(spec: AdapterSpec, target: TargetLinear) -> tuple[int, ...]:
+    """Which blocks the adapter has on this linear; empty where it doesn't target it."""
+    if spec.layers_to_transform is not None and target.layer not in spec.layers_to_transform:
+        return ()
+    if target.linear in spec.target_modules:
+        return (ALL_ROWS,)
+    return tuple(k for k, name in enumerate(target.projections) if name in spec.target_modules)
+
+
+def _layout(
+    rank: int, chosen: Sequence[tuple[TargetLinear, tuple[int, ...]]]
+) -> tuple[list[tuple[int, int]], int, int]:
+    """Offsets of (A, B) of each linear with the replicated factors in front; their size; the total size."""
+    offsets = [[0, 0] for _ in chosen]
+    end = 0
+    for replicated in (True, False):
+        for place, (target, projections) in zip(offsets, chosen, strict=True):
+            columns = rank * len(projections)
+            sizes = (columns * target.adapters.in_features, columns * target.adapters.out_features)
+            for which, size in enumerate(sizes):
+                if (target.column_parallel == (which == 0)) == replicated:
+                    place[which] = end
+                    end += -(-size // ALIGNMENT) * ALIGNMENT
+        if replicated:
+            num_replicated = end
+    return [(a, b) for a, b in offsets], num_replicated, end
+
+
+def _full_rows(target: TargetLinear, projection: int) -> int:
+    return sum(target.projection_rows) if projection == ALL_ROWS else target.projection_rows[projection]
+
+
+def _full_row_index(target: TargetLinear, block: _Block) -> torch.Tensor:
+    """Rows of the whole B, in the order of Hugging Face's projections, that this rank's rows are."""
+    index = target.row_index[block.rows]
+    if block.projection == ALL_ROWS and target.adapters.row_projection is not None:
+        starts = torch.tensor([0, *target.projection_rows[:-1]]).cumsum(0).to(index)
+        index = index + starts[target.adapters.row_projection[block.rows].long()]
+    return index.cpu()
+
+
+def _device_of(targets: Sequence[TargetLinear]) -> torch.device:
+    return targets[0].row_index.device if targets else torch.device("cpu")
+
+
+def _seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1
