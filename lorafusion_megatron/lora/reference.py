@@ -59,7 +59,7 @@ class TorchBackend:
         *,
         needs_dx: bool,
     ) -> torch.Tensor | None:
-        """``dx = dy W + mask * (dS A)`` with ``dS = scaling * dy B``; adds ``dA = dSᵀ drop(x)``, ``dB = scaling * dyᵀ S``.
+        """``dx = dy W + mask * (dS A)``, ``dS = scaling * dy B``; adds ``dA = dSᵀ drop(x)``, ``dB = scaling * dyᵀ S``.
 
         Returns:
             dx ``[tokens, in]``, None where ``needs_dx`` is False.

@@ -1,0 +1,213 @@
+"""A frozen GPTModel from a Hugging Face model's dimensions, for this rank's pipeline stage and tensor shard."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from ..types import ModelSpec, Topology, padded
+from .local_spec import local_block_spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """What a run file says about the model beside its dimensions."""
+
+    dtype: torch.dtype
+    device: torch.device
+    layers_per_chunk: tuple[int, ...]
+    """Layers of each pipeline chunk in the order of the data's way through the model: stage 0 .. S-1 of chunk 0,
+    then of chunk 1, …"""
+    transformer_impl: str
+    """local | transformer_engine"""
+    recompute_granularity: str | None = None
+    """None | selective (core attention) | full (every layer)"""
+
+
+def transformer_config(spec: ModelSpec, topology: Topology, options: BuildOptions) -> TransformerConfig:
+    """Megatron's configuration of the base model.
+
+    Note: ``variable_seq_lengths`` is refused with the default MoE dispatcher even for dense models, hence
+    "alltoall". ``calculate_per_token_loss`` makes the schedule use the loss as it is given, without dividing by
+    the number of microbatches. ``overlap_p2p_comm`` goes with interleaving because without it two stages mix up
+    messages (previous and next peer are the same rank).
+    """
+    on_gpu = options.device.type == "cuda"
+    interleaved = topology.virtual_pipeline is not None
+    full = options.recompute_granularity == "full"
+    return TransformerConfig(
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        ffn_hidden_size=spec.ffn_hidden_size,
+        num_attention_heads=spec.num_attention_heads,
+        num_query_groups=spec.num_query_groups,
+        kv_channels=spec.head_dim,
+        layernorm_epsilon=spec.norm_epsilon,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=spec.proj_bias or spec.mlp_bias,
+        add_qkv_bias=spec.qkv_bias,
+        qk_layernorm=spec.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=options.dtype,
+        pipeline_dtype=options.dtype,
+        bf16=options.dtype == torch.bfloat16,
+        fp16=options.dtype == torch.float16,
+        use_cpu_initialization=not on_gpu,
+        perform_initialization=False,
+        tensor_model_parallel_size=topology.tensor_parallel,
+        pipeline_model_parallel_size=topology.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=topology.virtual_pipeline,
+        context_parallel_size=topology.context_parallel,
+        sequence_parallel=topology.sequence_parallel,
+        pipeline_model_parallel_layout=_layout(options.layers_per_chunk),
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        deallocate_pipeline_outputs=True,
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=on_gpu,
+        apply_rope_fusion=options.transformer_impl == "transformer_engine",
+        cross_entropy_loss_fusion=on_gpu,
+        recompute_granularity=options.recompute_granularity,
+        recompute_method="uniform" if full else None,
+        recompute_num_layers=1 if full else None,
+    )
+
+
+def build_chunks(spec: ModelSpec, topology: Topology, options: BuildOptions) -> list[GPTModel]:
+    """This rank's model chunks (one without interleaving), frozen, weights not yet loaded.
+
+    Note: a tied output layer is never built as tied: Megatron would synchronise its weight over the pipeline for a
+    gradient that a frozen base doesn't have. On one stage the two share one tensor; elsewhere each is loaded.
+    """
+    config = transformer_config(spec, topology, options)
+    stage, stages = parallel_state.get_pipeline_model_parallel_rank(), topology.pipeline_parallel
+    chunks = []
+    for v in range(topology.virtual_pipeline or 1):
+        vp_stage = v if topology.virtual_pipeline is not None else None
+        index = v * stages + stage
+        num_layers = options.layers_per_chunk[index]
+        model = GPTModel(
+            config=config,
+            transformer_layer_spec=_block_spec(config, options.transformer_impl, num_layers),
+            vocab_size=padded(spec.vocab_size, topology.tensor_parallel),
+            max_sequence_length=spec.max_position_embeddings,
+            pre_process=index == 0,
+            post_process=index == len(options.layers_per_chunk) - 1,
+            share_embeddings_and_output_weights=False,
+            position_embedding_type="rope",
+            rotary_base=spec.rope_theta,
+            vp_stage=vp_stage,
+        )
+        _finish(model, spec)
+        chunks.append(model.to(options.device).train())
+    return chunks
+
+
+def rotary_inverse_frequencies(spec: ModelSpec) -> torch.Tensor:
+    """Inverse frequencies ``theta^(-2i/d)``, with Llama 3's scaling where the model has it.
+
+    Returns:
+        fp32 ``[head_dim / 2]``.
+
+    Note: wavelengths above ``original / low_freq_factor`` are stretched by ``factor``, those below
+    ``original / high_freq_factor`` are kept, and between the two the inverse frequency is interpolated linearly
+    in ``original / wavelength``. Megatron has the same rule with three of its four numbers fixed.
+    """
+    index = torch.arange(0, spec.head_dim, 2, dtype=torch.float32)
+    inverse = 1.0 / (spec.rope_theta ** (index / spec.head_dim))
+    if spec.rope_scaling is None:
+        return inverse
+    scaling = spec.rope_scaling
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] / (2 * math.pi / inverse)
+    smooth = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return (1 - smooth) * inverse / scaling["factor"] + smooth * inverse
+
+
+def canonical_parameters(chunks: Sequence[GPTModel]) -> dict[str, torch.Tensor]:
+    """Name with the layer's global number from 0 -> this rank's parameter."""
+    out: dict[str, torch.Tensor] = {}
+    for model in chunks:
+        numbers = {str(i): str(layer.layer_number - 1) for i, layer in enumerate(model.decoder.layers)}
+        for name, parameter in model.named_parameters():
+            parts = name.split(".")
+            if parts[:2] == ["decoder", "layers"]:
+                parts[2] = numbers[parts[2]]
+            out[".".join(parts)] = parameter.data
+    return out
+
+
+def _block_spec(config: TransformerConfig, transformer_impl: str, num_layers: int) -> Any:
+    if transformer_impl == "local":
+        return local_block_spec(config, num_layers)
+    from .te_spec import te_block_spec
+
+    return te_block_spec(config, num_layers)
+
+
+def _layout(layers_per_chunk: Sequence[int]) -> list[list[str]] | None:
+    """Megatron's custom pipeline layout; None where there is but one chunk."""
+    if len(layers_per_chunk) == 1:
+        return None
+    layout = [["decoder"] * layers for layers in layers_per_chunk]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    return layout
+
+
+def _finish(model: GPTModel, spec: ModelSpec) -> None:
+    """Freeze, rotary table, tied output, gradient into the first block, padded vocabulary."""
+    model.requires_grad_(False)
+    model.rotary_pos_emb.inv_freq = rotary_inverse_frequencies(spec).to(model.rotary_pos_emb.inv_freq.device)
+    if model.pre_process:
+        # Without this, full recompute would see no input that requires a gradient and drop the adapters' own.
+        model.embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    _drop_absent_biases(model, spec)
+    if not model.post_process:
+        return
+    if model.pre_process and spec.tied:
+        model.output_layer.weight = model.embedding.word_embeddings.weight
+    first = parallel_state.get_tensor_model_parallel_rank() * model.output_layer.output_size_per_partition
+    real = spec.vocab_size - first
+    if real < model.output_layer.output_size_per_partition:
+        model.output_layer.register_forward_hook(_MaskPaddedVocabulary(max(0, real)))
+
+
+def _drop_absent_biases(model: GPTModel, spec: ModelSpec) -> None:
+    """Megatron has one switch for the biases of all linears; a model may have some of them only."""
+    has_bias = {
+        "linear_qkv": spec.qkv_bias,
+        "linear_proj": spec.proj_bias,
+        "linear_fc1": spec.mlp_bias,
+        "linear_fc2": spec.mlp_bias,
+    }
+    for name, module in model.decoder.named_modules():
+        linear = name.rsplit(".", 1)[-1]
+        if linear in has_bias and not has_bias[linear] and getattr(module, "bias", None) is not None:
+            module.bias = None
+
+
+class _MaskPaddedVocabulary:
+    """Forward hook: logits of rows that only fill the vocabulary up to a multiple of TP can't be predicted."""
+
+    def __init__(self, real: int) -> None:
+        self.real = real
+
+    def __call__(self, module: torch.nn.Module, args: Any, output: tuple[torch.Tensor, Any]) -> Any:
+        logits, bias = output
+        padding = torch.arange(logits.shape[-1], device=logits.device) >= self.real
+        return logits.masked_fill(padding, torch.finfo(logits.dtype).min), bias

@@ -1,0 +1,261 @@
+"""Takes the target linears of every transformer block over, by their type, wherever the block stands.
+
+A module keeps its identity, parameters and name; its class becomes a subclass whose forward adds the adapters of
+the microbatch's routing. Tensor-parallel collectives are the base layer's own: the adapters ride inside them.
+"""
+
+import zlib
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_layer import BaseTransformerLayer
+
+from ..lora.adapters import LinearAdapters
+from ..lora.autograd import Backend, lora_linear
+from ..lora.bank import TargetLinear
+from ..lora.routing import current_routing, routing_scope
+from ..types import ModelSpec
+
+PROJECTIONS = {
+    "linear_qkv": ("q_proj", "k_proj", "v_proj"),
+    "linear_proj": ("o_proj",),
+    "linear_fc1": ("gate_proj", "up_proj"),
+    "linear_fc2": ("down_proj",),
+}
+
+
+class RoutedBlock:
+    """Transformer block whose linears see the routing that its ``packed_seq_params`` carries.
+
+    Recompute calls the block again with the same arguments, so the linears then see the same routing.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with routing_scope(getattr(kwargs.get("packed_seq_params"), "routing", None)):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+class _LoraLinear:
+    """What the column- and row-parallel take-overs share."""
+
+    lora_adapters: LinearAdapters
+    lora_backend: Backend
+    lora_anchor: torch.Tensor
+
+    def _fused(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        routing = current_routing()
+        if routing is None:
+            raise RuntimeError(
+                f"{self.lora_adapters.name} ran without routing: pass packed_seq_params=RoutedPackedSeqParams(...) to "
+                "the model, and recompute whole layers or core attention only"
+            )
+        return lora_linear(
+            x,
+            self.weight,  # type: ignore[attr-defined]
+            self.lora_adapters,
+            routing,
+            backend=self.lora_backend,
+            anchor=self.lora_anchor,
+            bias=bias,
+        )
+
+    def _bias(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(to be added here, to be returned to the caller)."""
+        bias = getattr(self, "bias", None)
+        if bias is None or bias.numel() == 0:
+            return None, None
+        returned = getattr(self, "skip_bias_add", getattr(self, "te_return_bias", False))
+        return (None, bias) if returned else (bias, None)
+
+
+class LoraColumnParallelLinear(_LoraLinear):
+    """Output rows split over TP: A is replicated, B split with the rows.
+
+    The gradient of the input's adapter path is partial on each rank, like the base's, and one collective sums both.
+    """
+
+    def forward(self, input_: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        group = self.tp_group  # type: ignore[attr-defined]
+        if getattr(self, "layer_norm_weight", None) is not None:
+            input_ = _norm(self, input_)
+        if self.sequence_parallel:  # type: ignore[attr-defined]
+            x = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=group)
+        else:
+            x = copy_to_tensor_model_parallel_region(input_, group=group)
+        added, returned = self._bias()
+        return self._fused(x, added), returned
+
+
+class LoraRowParallelLinear(_LoraLinear):
+    """Input columns split over TP: A is split with them, B is replicated.
+
+    Each rank adds ``scaling * B s_k`` with its own partial ``s_k``; the base layer's reduction sums them.
+    """
+
+    def forward(self, input_: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        group = self.tp_group  # type: ignore[attr-defined]
+        y = self._fused(input_, None)
+        if self.sequence_parallel:  # type: ignore[attr-defined]
+            y = reduce_scatter_to_sequence_parallel_region(y, group=group)
+        else:
+            y = reduce_from_tensor_model_parallel_region(y, group=group)
+        added, returned = self._bias()
+        return (y if added is None else y + added), returned
+
+
+def inject(
+    chunks: Iterable[torch.nn.Module],
+    spec: ModelSpec,
+    *,
+    linears: frozenset[str],
+    backend: Backend,
+    tp_rank: int,
+    tp_size: int,
+) -> list[TargetLinear]:
+    """Take over every block and its target linears; idempotent.
+
+    Args:
+        chunks: this rank's model chunks.
+        spec: dimensions of the base model.
+        linears: Megatron names to take over (those that some job targets).
+        backend: what computes them.
+        tp_rank: place in the tensor-parallel group.
+        tp_size: size of that group.
+
+    Returns:
+        The taken-over linears of this stage, by layer and name.
+
+    Raises:
+        ValueError: a linear of a target's name is of a type that can't be taken over.
+    """
+    columns, rows = _linear_types()
+    targets: list[TargetLinear] = []
+    for chunk in chunks:
+        for block in [m for m in chunk.modules() if isinstance(m, BaseTransformerLayer)]:
+            _become(block, RoutedBlock)
+            for name, module in list(block.named_modules()):
+                linear = name.rsplit(".", 1)[-1]
+                if linear not in linears:
+                    continue
+                if not isinstance(module, columns + rows):
+                    raise ValueError(f"{name} is a {type(module).__name__}, which can't be taken over")
+                column = isinstance(module, columns)
+                target = _target(
+                    module, f"decoder.layers.{block.layer_number - 1}.{name}", spec, column, tp_rank, tp_size
+                )
+                _become(module, LoraColumnParallelLinear if column else LoraRowParallelLinear)
+                module.lora_adapters = target.adapters
+                module.lora_backend = backend
+                module.lora_anchor = torch.empty(0, device=module.weight.device, requires_grad=True)
+                targets.append(target)
+    return sorted(targets, key=lambda t: (t.layer, t.adapters.name))
+
+
+def linears_of(target_modules: Iterable[str]) -> frozenset[str]:
+    """Megatron linears that hold the named projections (Hugging Face's or Megatron's names)."""
+    wanted = set(target_modules)
+    return frozenset(name for name, parts in PROJECTIONS.items() if wanted & {name, *parts})
+
+
+def _linear_types() -> tuple[tuple[type, ...], tuple[type, ...]]:
+    """Column- and row-parallel linear classes, Transformer Engine's among them where it is installed."""
+    columns: tuple[type, ...] = (ColumnParallelLinear,)
+    rows: tuple[type, ...] = (RowParallelLinear,)
+    try:
+        from megatron.core.extensions import transformer_engine as te
+    except ImportError:
+        return columns, rows
+    if te.HAVE_TE:
+        columns += (te.TEColumnParallelLinear, te.TELayerNormColumnParallelLinear)
+        rows += (te.TERowParallelLinear,)
+    return columns, rows
+
+
+@cache
+def _subclass(base: type, mixin: type) -> type:
+    return type(f"{mixin.__name__}Of{base.__name__}", (mixin, base), {"__module__": __name__})
+
+
+def _become(module: torch.nn.Module, mixin: type) -> None:
+    if not isinstance(module, mixin):
+        module.__class__ = _subclass(type(module), mixin)
+
+
+def _norm(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """The norm that Transformer Engine fuses in front of a linear, from the module's own weights."""
+    weight = module.layer_norm_weight
+    if module.zero_centered_gamma:
+        weight = weight + 1
+    if module.normalization == "RMSNorm":
+        return torch.nn.functional.rms_norm(x, (x.shape[-1],), weight, module.eps)
+    return torch.nn.functional.layer_norm(x, (x.shape[-1],), weight, module.layer_norm_bias, module.eps)
+
+
+def _target(module: Any, name: str, spec: ModelSpec, column: bool, tp_rank: int, tp_size: int) -> TargetLinear:
+    out_features, in_features = module.weight.shape
+    linear = name.rsplit(".", 1)[-1]
+    rows = _row_tables(linear, spec, tp_rank, tp_size)
+    parts = PROJECTIONS[linear]
+    device = module.weight.device
+    if rows is None:
+        of_row, row_index, part_rows = None, torch.arange(out_features), (out_features,)
+    else:
+        of_row, row_index, part_rows = rows
+    return TargetLinear(
+        adapters=LinearAdapters(
+            name=name,
+            module_key=zlib.crc32(name.encode()),
+            in_features=in_features,
+            out_features=out_features,
+            feature_offset=0 if column else tp_rank * in_features,
+            row_projection=None if of_row is None else of_row.to(device),
+        ),
+        layer=int(name.split(".")[2]),
+        linear=linear,
+        column_parallel=column,
+        full_in_features=in_features * (1 if column else tp_size),
+        projections=parts,
+        projection_rows=part_rows,
+        row_index=row_index.to(device),
+    )
+
+
+def _row_tables(
+    linear: str, spec: ModelSpec, tp_rank: int, tp_size: int
+) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]] | None:
+    """For a fused linear: the projection of each local row, its row within that projection, rows per projection.
+
+    Megatron interleaves q, k and v by query group (``[q heads of the group, k, v]`` each) and stacks gate over up.
+    """
+    pieces: list[tuple[int, range]] = []
+    if linear == "linear_qkv":
+        d = spec.head_dim
+        q = spec.num_attention_heads // spec.num_query_groups * d
+        groups = spec.num_query_groups // tp_size
+        for group in range(tp_rank * groups, (tp_rank + 1) * groups):
+            pieces += [(p, range(group * n, (group + 1) * n)) for p, n in enumerate((q, d, d))]
+        totals = (spec.num_query_groups * q, spec.num_query_groups * d, spec.num_query_groups * d)
+    elif linear == "linear_fc1":
+        n = spec.ffn_hidden_size // tp_size
+        pieces = [(p, range(tp_rank * n, (tp_rank + 1) * n)) for p in (0, 1)]
+        totals = (spec.ffn_hidden_size, spec.ffn_hidden_size)
+    else:
+        return None
+    return _flatten(pieces, totals)
+
+
+def _flatten(
+    pieces: Sequence[tuple[int, range]], totals: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
+    of_row = torch.cat([torch.full((len(rows),), p, dtype=torch.int32) for p, rows in pieces])
+    index = torch.cat([torch.arange(rows.start, rows.stop) for _, rows in pieces])
+    return of_row, index, totals

@@ -1,0 +1,102 @@
+"""Process groups: Megatron's, and the gloo group that carries objects between all ranks of a run."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from ..types import Topology
+from . import cpu_compat
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """The groups that adapters' steps reduce over, and this rank's place in the run."""
+
+    tensor: dist.ProcessGroup
+    data: dist.ProcessGroup
+    model: dist.ProcessGroup
+    """All tensor and pipeline ranks of one replica: the norm of an adapter is over these."""
+    objects: dist.ProcessGroup
+    """gloo, all ranks: plans, reports, exported tensors."""
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes files and talks to the terminal."""
+        return dist.get_rank() == 0
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.objects)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Every rank's value on rank 0, by rank; None elsewhere."""
+        out: list[Any] | None = [None] * dist.get_world_size() if self.is_first else None
+        dist.gather_object(value, out, dst=0, group=self.objects)
+        return out
+
+
+def start(topology: Topology, *, device: str, seed: int, timeout_minutes: float) -> Groups:
+    """Join the run that torchrun started and make Megatron's process groups.
+
+    Args:
+        topology: sizes; data parallel is what the world leaves.
+        device: "cuda" or "cpu".
+        seed: of Megatron's own random states (unused by a frozen base; kept deterministic).
+        timeout_minutes: after which a collective with a lost rank raises instead of hanging.
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if world == 1 and "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = "0"
+    timeout = timedelta(minutes=timeout_minutes)
+    if device == "cuda":
+        local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(local)
+    else:
+        cpu_compat.install()
+        local = torch.device("cpu")
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", rank=rank, world_size=world, timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=topology.tensor_parallel,
+        pipeline_model_parallel_size=topology.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=topology.virtual_pipeline,
+        context_parallel_size=topology.context_parallel,
+        distributed_timeout_minutes=max(1, round(timeout_minutes)),
+        create_gloo_process_groups=device != "cuda",
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return Groups(
+        tensor=parallel_state.get_tensor_model_parallel_group(),
+        data=parallel_state.get_data_parallel_group(),
+        model=parallel_state.get_model_parallel_group(),
+        objects=dist.new_group(backend="gloo", timeout=timeout),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        device=local,
+    )
+
+
+def stop() -> None:
+    """Leave the run and undo what `start` did to the process."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    cpu_compat.uninstall()

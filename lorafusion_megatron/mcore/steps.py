@@ -1,0 +1,133 @@
+"""Optimizer steps of one adapter on one stage: reduced when its last backward is done, applied just before needed.
+
+`end_step` runs right after the backward of the step's last microbatch: gradients of replicated factors are summed
+over TP, everything over DP, and the square of the norm starts its way over the stages. `apply` runs just before the
+next forward that reads the adapter. By then the slower stages are done: forward j reaches the last stage only after
+stage 0 ran it, which is after stage 0's backward of the step's last microbatch, so clipping costs no bubble.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from ..lora.bank import AdapterShard
+from ..types import StepReport
+from .parallel import Groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRule:
+    """How one job is optimized: AdamW with decoupled weight decay, clipping by that job's own norm."""
+
+    lr_at: Callable[[int], float]
+    """Learning rate of an optimizer step, counted from 1."""
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    clip_grad: float
+    """Largest norm of the job's gradient; 0 turns clipping off."""
+    max_bad_steps: int
+    """Consecutive steps without a finite gradient after which the job is stopped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pending:
+    """A step whose reductions are under way."""
+
+    step: int
+    sums: torch.Tensor
+    """fp64 ``[2]``: square of the gradient's norm, loss; summed over the ranks of a replica."""
+    work: dist.Work | None
+
+
+class AdapterSteps:
+    """The optimizer steps of one job on this rank. Every rank of a replica calls it in the same order."""
+
+    def __init__(self, slot: int, shard: AdapterShard, rule: StepRule, groups: Groups) -> None:
+        self.slot, self.shard, self.rule, self.groups = slot, shard, rule, groups
+        self.applied = 0
+        """Steps done, the skipped ones included."""
+        self.bad_steps = 0
+        """Skipped steps in a row."""
+        self.stopped = False
+        self._pending: _Pending | None = None
+        parameter = torch.nn.Parameter(shard.master, requires_grad=True)
+        parameter.grad = shard.grad[:-1]
+        self.optimizer = torch.optim.AdamW(
+            [parameter],
+            lr=0.0,
+            betas=rule.betas,
+            eps=rule.eps,
+            weight_decay=rule.weight_decay,
+            foreach=False,
+            fused=shard.master.is_cuda,
+        )
+
+    @property
+    def pending(self) -> bool:
+        """Whether a step waits to be applied."""
+        return self._pending is not None
+
+    @property
+    def ready(self) -> bool:
+        """Whether the pending step can be applied without waiting."""
+        return self._pending is not None and (self._pending.work is None or self._pending.work.is_completed())
+
+    @torch.no_grad()
+    def end_step(self, step: int) -> None:
+        """Start the reductions of ``step``; its last microbatch has just run backward on this stage."""
+        assert self._pending is None
+        assert step == self.applied + 1
+        grad, shared = self.shard.grad, self.shard.num_replicated
+        if self.groups.tp_size > 1:
+            if shared:
+                dist.all_reduce(grad[:shared], group=self.groups.tensor)
+            if self.groups.tp_rank:
+                self.shard.loss.zero_()  # every tensor rank of the last stage computed the same loss
+        if self.groups.dp_size > 1:
+            dist.all_reduce(grad, group=self.groups.data)
+        counted = grad[shared if self.groups.tp_rank else 0 : -1]
+        sums = torch.stack((torch.linalg.vector_norm(counted, dtype=torch.float64).square(), grad[-1].double()))
+        work = None
+        if self.groups.tp_size * self.groups.pp_size > 1:
+            work = dist.all_reduce(sums, group=self.groups.model, async_op=True)
+        self._pending = _Pending(step=step, sums=sums, work=work)
+
+    @torch.no_grad()
+    def apply(self) -> StepReport:
+        """Finish the pending step: clip, AdamW on the fp32 masters, new parameters, gradients to zero.
+
+        A step whose gradient or loss is not finite changes nothing but the counters.
+        """
+        assert self._pending is not None
+        pending, self._pending = self._pending, None
+        if pending.work is not None:
+            pending.work.wait()
+        square, loss = pending.sums.tolist()
+        norm = math.sqrt(square) if square >= 0 else math.nan
+        lr = self.rule.lr_at(pending.step)
+        finite = math.isfinite(norm) and math.isfinite(loss)
+        self.applied = pending.step
+        if finite and not self.stopped:
+            self._step(norm, lr)
+        self.bad_steps = 0 if finite else self.bad_steps + 1
+        self.stopped = self.stopped or self.bad_steps >= self.rule.max_bad_steps
+        self.shard.grad.zero_()
+        return StepReport(
+            job=self.slot, step=pending.step, loss=loss, grad_norm=norm, lr=lr, skipped=not finite or self.stopped
+        )
+
+    def _step(self, norm: float, lr: float) -> None:
+        if not self.shard.numel:
+            return
+        if self.rule.clip_grad > 0:
+            # torch.nn.utils.clip_grad_norm_: the same small number keeps a zero norm from dividing.
+            factor = self.rule.clip_grad / (norm + 1e-6)
+            if factor < 1.0:
+                self.shard.grad[:-1].mul_(factor)
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
+        self.shard.refresh()
