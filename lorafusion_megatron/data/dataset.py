@@ -1,0 +1,92 @@
+"""The tokenized rows of one job, packed into three flat arrays."""
+
+from array import array
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+
+class JobDataset:
+    """Rows of token ids with the label tokens marked.
+
+    Args:
+        path: where the rows came from, for messages.
+        ids: int32 ``[tokens of all rows]``.
+        labels: bool, same shape: whether the token is a label (something the loss asks the model to predict).
+        offsets: int64 ``[rows + 1]``: row r holds the tokens ``offsets[r]`` to ``offsets[r + 1]``.
+        rows_truncated: how many rows lost their tail to ``max_length``.
+
+    Note: 5 bytes a token and 24 a row; a million rows of 500 tokens take 2.5 GB.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: Path,
+        ids: npt.NDArray[np.int32],
+        labels: npt.NDArray[np.bool_],
+        offsets: npt.NDArray[np.int64],
+        rows_truncated: int = 0,
+    ) -> None:
+        self.path = path
+        self.rows_truncated = rows_truncated
+        """Rows cut to ``max_length``."""
+        self._ids, self._labels, self._offsets = ids, labels, offsets
+        self.lengths: npt.NDArray[np.int64] = np.diff(offsets)
+        """int64 ``[rows]``: tokens of each row, at least 1."""
+        running = np.concatenate(([0], np.cumsum(labels, dtype=np.int64)))
+        # The first token of a row is predicted from nothing, so it never counts.
+        self.label_tokens: npt.NDArray[np.int64] = running[offsets[1:]] - running[offsets[:-1] + 1]
+        """int64 ``[rows]``: label tokens of each row that something precedes."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def rows_without_labels(self) -> int:
+        """Rows that keep their place in the order but add nothing."""
+        return int((self.label_tokens == 0).sum())
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of all rows."""
+        return int(self._offsets[-1])
+
+    def ids(self, row: int) -> npt.NDArray[np.int32]:
+        """int32 ``[lengths[row]]``: token ids of a row (a view)."""
+        return self._ids[self._offsets[row] : self._offsets[row + 1]]
+
+    def label_mask(self, row: int) -> npt.NDArray[np.bool_]:
+        """bool ``[lengths[row]]``: whether each token of a row is a label (a view)."""
+        return self._labels[self._offsets[row] : self._offsets[row + 1]]
+
+
+class DatasetBuilder:
+    """Takes rows one by one and makes a `JobDataset`; nothing is copied at the end."""
+
+    def __init__(self) -> None:
+        self._ids = array("i")
+        self._labels = bytearray()
+        self._offsets = array("q", [0])
+        self.rows_truncated = 0
+        """Rows that the caller cut."""
+
+    def append(self, ids: list[int], labels: list[bool]) -> None:
+        """Add a row; both lists have one entry per token."""
+        self._ids.extend(ids)
+        self._labels.extend(labels)
+        self._offsets.append(len(self._ids))
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def build(self, path: Path) -> JobDataset:
+        """The data set of the rows so far (at least one)."""
+        return JobDataset(
+            path=path,
+            ids=np.frombuffer(self._ids, dtype=np.int32),
+            labels=np.frombuffer(self._labels, dtype=np.bool_),
+            offsets=np.frombuffer(self._offsets, dtype=np.int64),
+            rows_truncated=self.rows_truncated,
+        )
