@@ -1,0 +1,132 @@
+"""The files of a Hugging Face checkpoint and their tensors, by headers alone; knows no torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from lorafusion_megatron.errors import UserError
+from lorafusion_megatron.models.families import hf_tensors
+from lorafusion_megatron.types import ModelSpec
+
+_DTYPES = {"F32", "F16", "BF16"}
+# Buffers that old versions of Transformers saved; they follow from the configuration.
+_IGNORED = (".rotary_emb.inv_freq",)
+
+
+def read_json_object(file: Path, *, key: str) -> dict[str, Any]:
+    """Read a JSON file whose top level is an object.
+
+    Raises:
+        UserError: it is missing, unreadable or something else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        given = f"{file} does not exist" if isinstance(error, FileNotFoundError) else f"{file} can't be read ({error})"
+        raise UserError(given, rule="it must be a JSON file", remedy="complete the folder", key=key) from None
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{file} holds a {type(content).__name__}", rule="it must be a JSON object", remedy="mend it", key=key
+        )
+    return content
+
+
+def checkpoint_files(folder: str | Path, *, key: str = "base_model.path") -> tuple[Path, ...]:
+    """The safetensors files of a model: those that the index names, or ``model.safetensors``.
+
+    Raises:
+        UserError: there is neither, or the index names a file that is missing.
+    """
+    folder = Path(folder)
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if not index.exists():
+        if single.is_file():
+            return (single,)
+        other = sorted(file.name for suffix in ("*.bin", "*.gguf", "*.pth") for file in folder.glob(suffix))
+        raise UserError(
+            f"{folder} holds no model.safetensors and no {index.name}" + (f", but {other[0]}" if other else ""),
+            rule="weights are read from safetensors files alone",
+            remedy="save the model with safetensors, or complete the download",
+            key=key,
+        )
+    weight_map = read_json_object(index, key=key).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) and name and Path(name).name == name for name in names):
+        raise UserError(
+            f"{index} has no usable weight_map",
+            rule="it maps tensors to files of the folder",
+            remedy="complete the download",
+            key=key,
+        )
+    files = tuple(folder / name for name in sorted(set(names)))
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise UserError(
+            f"{folder} lacks {missing[0]} ({len(missing)} of {len(files)} files)",
+            rule=f"{index.name} names it",
+            remedy="complete the download",
+            key=key,
+        )
+    return files
+
+
+def check_base_weights(path: str | Path, spec: ModelSpec, *, key: str = "base_model.path") -> dict[str, Path]:
+    """Check the tensors of a checkpoint against the model by the headers of its files alone.
+
+    Args:
+        path: Hugging Face directory.
+        spec: what its ``config.json`` says.
+        key: where the path was given, for messages.
+
+    Returns:
+        Name of each tensor that the model needs -> the file that holds it.
+
+    Raises:
+        UserError: a tensor is missing, unknown, in two files, or of another shape or a dtype that is not floating
+            point of 16 or 32 bits; a file is damaged.
+    """
+    wanted = dict(hf_tensors(spec))
+    found: dict[str, Path] = {}
+    for file in checkpoint_files(path, key=key):
+        for name, shape, dtype in _header(file, key):
+            if name.endswith(_IGNORED) or (spec.tied and name == "lm_head.weight"):
+                continue
+            if name not in wanted:
+                raise tensor_error(
+                    file, name, "is not part of the model", "config.json and weights belong together", key
+                )
+            if name in found:
+                raise tensor_error(file, name, f"is in {found[name].name} too", "each tensor is in one file", key)
+            if shape != wanted[name]:
+                given = f"has shape {list(shape)}"
+                raise tensor_error(file, name, given, f"config.json makes it {list(wanted[name])}", key)
+            if dtype not in _DTYPES:
+                raise tensor_error(file, name, f"is {dtype}", "weights are float32, float16 or bfloat16", key)
+            found[name] = file
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise tensor_error(Path(path), missing[0], f"is missing ({len(missing)} in all)", "the model needs it", key)
+    return found
+
+
+def _header(file: Path, key: str) -> list[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and dtype of every tensor of a file."""
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            slices = [(name, opened.get_slice(name)) for name in opened.keys()]  # noqa: SIM118
+            return [(name, tuple(part.get_shape()), part.get_dtype()) for name, part in slices]
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{file} can't be read ({error})",
+            rule="it must be a whole safetensors file",
+            remedy="download it again",
+            key=key,
+        ) from None
+
+
+def tensor_error(file: Path, tensor: str, given: str, rule: str, key: str) -> UserError:
+    """An error about one tensor of a file."""
+    remedy = "use the config.json and the weights of one unquantized model, downloaded completely"
+    return UserError(f"{file}: tensor {tensor} {given}", rule=rule, remedy=remedy, key=key)
