@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from lorafusion_megatron.errors import UserError
 from lorafusion_megatron.models.checkpoint import read_json_object
+from lorafusion_megatron.models.files import flush
 from lorafusion_megatron.models.projections import (
     adapter_shapes,
     projection_names,
@@ -119,8 +120,8 @@ def write_adapter(
         save_file(host, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         (temporary / WEIGHTS_FILE).chmod(0o644)
         for name in (CONFIG_FILE, WEIGHTS_FILE):
-            _flush(temporary / name)
-        _flush(temporary)
+            flush(temporary / name)
+        flush(temporary)
         _publish(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -155,11 +156,36 @@ def read_adapter(
         rule = f"{CONFIG_FILE} names {', '.join(config.target_modules)}"
         raise _error(folder / WEIGHTS_FILE, given, rule, key)
     if model is not None:
-        _check_model(folder / WEIGHTS_FILE, config, tensors, model, key)
+        check_adapter_fits(folder, config, tensors, model, key=key)
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise _error(folder / WEIGHTS_FILE, f"{name} holds values that are not finite", "weights are finite", key)
     return config, tensors
+
+
+def check_adapter_fits(
+    folder: str | Path,
+    config: AdapterConfig,
+    tensors: Mapping[str, torch.Tensor],
+    model: ModelSpec,
+    *,
+    key: str = "",
+) -> None:
+    """Check that an adapter covers its targets in every layer of a model with the right shapes, and nothing else.
+
+    Raises:
+        UserError: it doesn't.
+    """
+    file = Path(folder) / WEIGHTS_FILE
+    expected = adapter_shapes(model, config.target_modules, config.rank, key=key)
+    for name in (*expected, *tensors):
+        if name not in tensors:
+            raise _error(file, f"{name} is missing", f"the model has {model.num_layers} layers", key)
+        if name not in expected:
+            raise _error(file, f"{name} is not part of the model", f"it has {model.num_layers} layers", key)
+        if tuple(tensors[name].shape) != expected[name]:
+            given = f"{name} has shape {list(tensors[name].shape)}"
+            raise _error(file, given, f"the base model makes it {list(expected[name])}", key)
 
 
 def load_initial_adapter(
@@ -248,21 +274,6 @@ def _check_tensors(rank: int, tensors: Mapping[str, torch.Tensor]) -> list[str]:
     return list(targets)
 
 
-def _check_model(
-    file: Path, config: AdapterConfig, tensors: Mapping[str, torch.Tensor], model: ModelSpec, key: str
-) -> None:
-    """Check that the adapter covers its targets in every layer of the model, and nothing else."""
-    expected = adapter_shapes(model, config.target_modules, config.rank, key=key)
-    for name in (*expected, *tensors):
-        if name not in tensors:
-            raise _error(file, f"{name} is missing", f"the model has {model.num_layers} layers", key)
-        if name not in expected:
-            raise _error(file, f"{name} is not part of the model", f"it has {model.num_layers} layers", key)
-        if tuple(tensors[name].shape) != expected[name]:
-            given = f"{name} has shape {list(tensors[name].shape)}"
-            raise _error(file, given, f"the base model makes it {list(expected[name])}", key)
-
-
 def _read_config(folder: Path, key: str) -> AdapterConfig:
     if not folder.is_dir():
         raise UserError(
@@ -322,7 +333,7 @@ def _publish(temporary: Path, folder: Path) -> None:
     """Move a flushed adapter to its place."""
     if not folder.exists():
         os.replace(temporary, folder)
-        _flush(folder.parent)
+        flush(folder.parent)
         return
     config = folder / CONFIG_FILE
     changed = not config.is_file() or config.read_bytes() != (temporary / CONFIG_FILE).read_bytes()
@@ -331,16 +342,7 @@ def _publish(temporary: Path, folder: Path) -> None:
     os.replace(temporary / WEIGHTS_FILE, folder / WEIGHTS_FILE)
     if changed:
         os.replace(temporary / CONFIG_FILE, config)
-    _flush(folder)
-
-
-def _flush(path: Path) -> None:
-    """Flush a file or directory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(folder)
 
 
 def _error(file: Path, given: str, rule: str, key: str) -> UserError:

@@ -1,0 +1,82 @@
+"""Taking one adapter out of a run's folder."""
+
+import re
+from pathlib import Path
+
+from lorafusion_megatron.errors import UserError
+from lorafusion_megatron.models.adapter import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    check_adapter_fits,
+    read_adapter,
+    write_adapter,
+)
+from lorafusion_megatron.models.config import read_model_spec
+from lorafusion_megatron.models.files import prepare_output
+
+_STEP = re.compile(r"step_(\d+)")
+
+
+def export_adapter(run_dir: str | Path, job: str, output: str | Path, *, step: int | None = None) -> bool:
+    """Copy a job's adapter out of a run's folder, checking all of it on the way.
+
+    Args:
+        run_dir: what the run file names as ``checkpoint.save``.
+        job: name of the job.
+        output: PEFT folder to write, new or empty.
+        step: a kept step; None takes the latest adapter.
+
+    Returns:
+        Whether the adapter was also checked against its base model: not where that is no folder on this machine.
+
+    Raises:
+        UserError: there is no such run, job or step; the adapter is damaged or doesn't fit its base model; the
+            output exists.
+    """
+    source = find_adapter(run_dir, job, step)
+    config, tensors = read_adapter(source, key="RUN_DIR")
+    base = Path(config.base_model_path)
+    has_base = bool(config.base_model_path) and base.is_dir()
+    if has_base:
+        model = read_model_spec(base, key=str(source / CONFIG_FILE))
+        check_adapter_fits(source, config, tensors, model, key="RUN_DIR")
+    folder = prepare_output(output, (source / WEIGHTS_FILE).stat().st_size, key="--output")
+    write_adapter(folder, config.spec(job), config.base_model_path, tensors)
+    return has_base
+
+
+def find_adapter(run_dir: str | Path, job: str, step: int | None = None) -> Path:
+    """The folder of a job's latest adapter, or of a kept step.
+
+    Raises:
+        UserError: there is none; the message lists those that there are.
+    """
+    run = Path(run_dir)
+    if not run.is_dir():
+        raise UserError(
+            f"{str(run)!r} is not a directory",
+            rule="a run's folder is what checkpoint.save names",
+            remedy="give the folder of a run",
+            key="RUN_DIR",
+        )
+    # Hidden folders are adapters that are being written.
+    jobs = sorted(file.parent.name for file in run.glob(f"[!.]*/{CONFIG_FILE}"))
+    if job not in jobs:
+        raise UserError(
+            f"{run} holds no adapter of {job!r}",
+            rule=f"jobs with an adapter: {', '.join(jobs) or 'none'}",
+            remedy="give one of them" if jobs else "wait for the run's first step, or give another run",
+            key="JOB",
+        )
+    if step is None:
+        return run / job
+    matches = (_STEP.fullmatch(file.parent.name) for file in (run / job).glob(f"step_*/{CONFIG_FILE}"))
+    kept = {int(match[1]): match[0] for match in matches if match}
+    if step not in kept:
+        raise UserError(
+            f"job {job!r} has no kept step {step}",
+            rule=f"kept steps: {', '.join(map(str, sorted(kept))) or 'none'}",
+            remedy="give one of them, or leave --step out for the latest adapter",
+            key="--step",
+        )
+    return run / job / kept[step]

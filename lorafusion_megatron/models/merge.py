@@ -1,0 +1,165 @@
+"""Merging an adapter into its base model: a Hugging Face directory with the layout of the base."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import safe_open
+
+from lorafusion_megatron.errors import UserError
+from lorafusion_megatron.models.adapter import read_adapter
+from lorafusion_megatron.models.checkpoint import check_base_weights, checkpoint_files
+from lorafusion_megatron.models.config import read_model_spec
+from lorafusion_megatron.models.files import flush, prepare_output
+
+# Configuration, tokenizer and licence; weights in other formats would be those of the base.
+_COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
+_BLOCK_BYTES = 64 << 20
+"""fp32 bytes of the rows that are merged at a time, and bytes that are copied at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """Where one tensor's bytes stand in a safetensors file."""
+
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Delta:
+    """Both factors of a projection in fp32 and their scale."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+
+
+def merge_adapter(
+    base: str | Path, adapter: str | Path, output: str | Path, *, progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Write the base model with an adapter added to its weights.
+
+    ``W' = cast(fp32(W) + scaling * B A)`` for each projection that the adapter trains, in the dtype of W; every other
+    tensor is copied byte for byte.
+
+    Args:
+        base: Hugging Face directory of the base model.
+        adapter: PEFT folder.
+        output: directory to write, new or empty. Files and shards are those of the base.
+        progress: called with the bytes of weights written so far and in all.
+
+    Raises:
+        UserError: the base or the adapter is not usable, they don't belong together, there is too little space, the
+            output exists, or a merged weight is too large for its dtype.
+
+    Note:
+        Holds the adapter and 64 MiB of one weight (twice: fp32 and cast) in memory, whatever the model's size: the
+        header of a safetensors file holds for the merged file too, since names, shapes and dtypes stay. The output
+        appears by one rename once all of it is on the disk.
+    """
+    spec = read_model_spec(base, key="--base")
+    check_base_weights(base, spec, key="--base")
+    config, tensors = read_adapter(adapter, spec, key="--adapter")
+    scaling = config.spec("merged").scaling
+    deltas = {
+        _base_name(name): _Delta(a=a.float(), b=tensors[name.replace(".lora_A.", ".lora_B.")].float(), scaling=scaling)
+        for name, a in tensors.items()
+        if name.endswith(".lora_A.weight")
+    }
+    files = checkpoint_files(base, key="--base")
+    total = sum(file.stat().st_size for file in files)
+    folder = prepare_output(output, total, key="--output")
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        temporary.chmod(0o755)
+        _copy_companions(Path(base), temporary)
+        written = 0
+        for file in files:
+            for size in _merge_file(file, temporary / file.name, deltas):
+                written += size
+                if progress is not None:
+                    progress(written, total)
+        flush(temporary)
+        os.replace(temporary, folder)
+        flush(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _base_name(name: str) -> str:
+    """The base weight that a factor under PEFT's key belongs to."""
+    return name.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
+
+
+def _copy_companions(base: Path, target: Path) -> None:
+    for file in sorted(base.iterdir()):
+        wanted = file.suffix in _COPIED_SUFFIXES or file.name.upper().startswith(("LICENSE", "NOTICE"))
+        if file.is_file() and wanted and not file.name.startswith("adapter_"):
+            shutil.copyfile(file, target / file.name)
+            flush(target / file.name)
+
+
+def _merge_file(source: Path, target: Path, deltas: Mapping[str, _Delta]) -> Iterator[int]:
+    """Write one merged file; yields the bytes of each part once it is written."""
+    with source.open("rb") as read, target.open("xb") as write, safe_open(source, framework="pt") as opened:
+        header, stored = _layout(read)
+        write.write(header)
+        yield len(header)
+        for tensor in stored:
+            delta = deltas.get(tensor.name)
+            if delta is None:
+                _copy(read, write, tensor)
+            else:
+                weight = opened.get_slice(tensor.name)
+                rows = max(1, _BLOCK_BYTES // (4 * delta.a.shape[1]))
+                for start in range(0, delta.b.shape[0], rows):
+                    block = _merged(weight[start : start + rows], delta, start)
+                    if not torch.isfinite(block).all():
+                        raise UserError(
+                            f"{source}: {tensor.name} with the adapter is not finite in {block.dtype}",
+                            rule="merged weights are finite",
+                            remedy="check the base weights, or merge into a base in bfloat16 or float32",
+                            key="--base",
+                        )
+                    write.write(memoryview(block.view(torch.uint8).numpy()).cast("B"))
+            yield tensor.stop - tensor.start
+        write.flush()
+        os.fsync(write.fileno())
+
+
+def _merged(weight: torch.Tensor, delta: _Delta, start: int) -> torch.Tensor:
+    """Rows of W + scaling * B A, computed in fp32 and cast once."""
+    b = delta.b[start : start + weight.shape[0]]
+    return torch.addmm(weight.float(), b, delta.a, alpha=delta.scaling).to(weight.dtype).contiguous()
+
+
+def _layout(file: BinaryIO) -> tuple[bytes, list[_Stored]]:
+    """The header of a safetensors file that `safe_open` accepted, and its tensors in the order of their bytes."""
+    prefix = file.read(8)
+    header = file.read(int.from_bytes(prefix, "little"))
+    begin = len(prefix) + len(header)
+    stored = [
+        _Stored(name=name, start=begin + entry["data_offsets"][0], stop=begin + entry["data_offsets"][1])
+        for name, entry in json.loads(header).items()
+        if name != "__metadata__"
+    ]
+    return prefix + header, sorted(stored, key=lambda tensor: tensor.start)
+
+
+def _copy(read: BinaryIO, write: BinaryIO, tensor: _Stored) -> None:
+    read.seek(tensor.start)
+    left = tensor.stop - tensor.start
+    while left:
+        chunk = read.read(min(left, _BLOCK_BYTES))
+        if not chunk:
+            raise OSError(f"{read.name} became shorter while it was read")
+        write.write(chunk)
+        left -= len(chunk)
