@@ -66,8 +66,9 @@ class Builder:
             if name is None:
                 self._refuse(cls, key, where, names)
             assert name is not None
-            is_output = "output" in fields[name].metadata
-            converted = self.value(hints[name], value, where, is_output=is_output)
+            converted = self.value(hints[name], value, where, is_output="output" in fields[name].metadata)
+            if "text_or_file" in fields[name].metadata and isinstance(converted, str) and "{" not in converted:
+                converted = str(self._path(converted, where, is_output=False))
             if name in values and values[name] != converted:
                 raise UserError(
                     f"got {show(converted)}, and {show(values[name])} under its other spelling",

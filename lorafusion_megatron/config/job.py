@@ -25,8 +25,8 @@ class DatasetConfig:
     """Whether the rows come in an order of the job's own seed, a new one each epoch; false: in file order."""
     truncate: bool = False
     """Whether rows longer than max_length lose their tail; false: such a row is an error."""
-    chat_template: str | None = None
-    """Jinja chat template, or a file that holds it; null: the model's own."""
+    chat_template: str | None = field(default=None, metadata={"text_or_file": True})
+    """Jinja chat template (it holds a brace), or a file of it; null: the model's own."""
 
 
 @dataclass(frozen=True, kw_only=True)

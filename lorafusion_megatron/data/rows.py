@@ -1,7 +1,13 @@
 """The kinds of data rows, and how each becomes token ids with labels."""
 
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
+from lorafusion_megatron.data.chat import ChatTemplate, Message
+from lorafusion_megatron.data.tokenizer import TextTokenizer, read_chat_template
 from lorafusion_megatron.errors import UserError
 
 KINDS: dict[str, tuple[str, ...]] = {
@@ -11,7 +17,21 @@ KINDS: dict[str, tuple[str, ...]] = {
     "alpaca": ("instruction", "output"),
     "text": ("text",),
 }
-"""Kind of a row -> the fields that it must have."""
+"""Kind of a row -> the fields that it must have. Other fields are ignored, except ``input`` of Alpaca rows and
+``tools`` of messages."""
+
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+"""The prompts of the Stanford Alpaca project, without and with an input."""
+
+type Tokens = tuple[list[int], list[bool]]
 
 
 def kind_of(row: dict[str, object], place: str, key: str) -> str:
@@ -41,15 +61,31 @@ class RowTokenizer:
         chat_template: Jinja text or file; None: the model's.
         trust_remote_code: whether a tokenizer's own Python code may run.
         key: the YAML key of the file, for messages.
+
+    Note: a prompt and its completion are tokenized apart, because that is how they meet at inference: no token
+        reaches over the border. A conversation is tokenized as one text, as its template has it; a token counts as
+        the assistant's if any character of it is. The end-of-sequence token is added to completions and texts where
+        the model has one, never to messages (their template writes it) nor to tokenized rows.
     """
 
     def __init__(self, model: Path, chat_template: str | None, trust_remote_code: bool, key: str) -> None:
         self._model, self._chat_template, self._trust, self._key = model, chat_template, trust_remote_code, key
         self._kind = ""
         self._first = ""
+        self._by_kind: dict[str, Callable[[dict[str, object], str], Tokens]] = {
+            "tokenized": self._tokenized,
+            "messages": self._messages,
+            "completion": self._completion,
+            "alpaca": self._alpaca,
+            "text": self._text,
+        }
 
-    def tokens(self, row: dict[str, object], place: str) -> tuple[list[int], list[bool]]:
+    def tokens(self, row: dict[str, object], place: str) -> Tokens:
         """Token ids of a row and which of them are labels.
+
+        Args:
+            row: the JSON object.
+            place: ``file:line``, for messages.
 
         Raises:
             UserError: a bad row, or one of another kind than the rows before.
@@ -64,10 +100,67 @@ class RowTokenizer:
             )
         if not self._kind:
             self._kind, self._first = kind, place
-        if kind == "tokenized":
-            prompt, completion = (self._ids(row, field, place) for field in KINDS[kind])
-            return prompt + completion, [False] * len(prompt) + [True] * len(completion)
-        raise UserError(f"{place} is of kind {kind}", rule="text rows", remedy="tokenize", key=self._key)
+        return self._by_kind[kind](row, place)
+
+    @cached_property
+    def _tokenizer(self) -> TextTokenizer:
+        return TextTokenizer(self._model, trust_remote_code=self._trust, key=self._key)
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        text = read_chat_template(self._model, self._chat_template, self._tokenizer.config, key=self._key)
+        return ChatTemplate(text, self._tokenizer.special_tokens, key=self._key)
+
+    def _tokenized(self, row: dict[str, object], place: str) -> Tokens:
+        prompt, completion = (self._ids(row, field, place) for field in KINDS["tokenized"])
+        return prompt + completion, [False] * len(prompt) + [True] * len(completion)
+
+    def _text(self, row: dict[str, object], place: str) -> Tokens:
+        return self._prompt_and_completion("", self._string(row, "text", place))
+
+    def _completion(self, row: dict[str, object], place: str) -> Tokens:
+        prompt, completion = self._string(row, "prompt", place), self._string(row, "completion", place)
+        return self._prompt_and_completion(prompt, completion)
+
+    def _alpaca(self, row: dict[str, object], place: str) -> Tokens:
+        fields = {name: self._string(row, name, place) for name in ("instruction", "output")}
+        fields["input"] = self._string(row, "input", place) if row.get("input") is not None else ""
+        prompt = (ALPACA_INPUT if fields["input"] else ALPACA).format_map(fields)
+        return self._prompt_and_completion(prompt, fields["output"])
+
+    def _prompt_and_completion(self, prompt: str, completion: str) -> Tokens:
+        tokenizer = self._tokenizer
+        before = tokenizer.bos_ids + (tokenizer.encode(prompt) if prompt else [])
+        after = tokenizer.encode(completion) + ([] if tokenizer.eos_id is None else [tokenizer.eos_id])
+        return before + after, [False] * len(before) + [True] * len(after)
+
+    def _messages(self, row: dict[str, object], place: str) -> Tokens:
+        messages = self._conversation(row["messages"], place)
+        text, spans = self._template.assistant_spans(messages, place, row.get("tools"))
+        ids, characters = self._tokenizer.encode_with_spans(text)
+        starts, stops = np.array(characters, dtype=np.int64).reshape(-1, 2).T
+        labels = np.zeros(len(ids), dtype=np.bool_)
+        for start, stop in spans:
+            labels |= (starts < stop) & (stops > start)
+        return ids, labels.tolist()
+
+    def _conversation(self, value: object, place: str) -> list[Message]:
+        if isinstance(value, list) and value and all(map(_is_message, value)):
+            return value
+        raise UserError(
+            f"{place}: messages is not a list of turns",
+            rule='each turn has a "role" and a "content", both text',
+            remedy="mend or remove the row",
+            key=self._key,
+        )
+
+    def _string(self, row: dict[str, object], field: str, place: str) -> str:
+        value = row[field]
+        if isinstance(value, str) and _is_unicode(value):
+            return value
+        raise UserError(
+            f"{place}: {field} is not text", rule="it must be a string", remedy="mend or remove the row", key=self._key
+        )
 
     def _ids(self, row: dict[str, object], field: str, place: str) -> list[int]:
         ids = row[field]
@@ -79,3 +172,14 @@ class RowTokenizer:
             remedy="mend or remove the row",
             key=self._key,
         )
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(text := value.get(field), str) and _is_unicode(text) for field in ("role", "content")
+    )
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a string has no lone surrogate, which JSON escapes can make and no tokenizer takes."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
