@@ -1,6 +1,7 @@
 """The adapters of one target linear on one rank, as the backends see them."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -62,3 +63,5 @@ class LinearAdapters:
     """int32 ``[out_features]``: the projection of each output row of a fused linear; None where there is one."""
     by_slot: dict[int, LinearAdapter] = field(default_factory=dict)
     """Slot -> adapter; a slot without an entry has no adapter on this linear (its rows see the frozen base)."""
+    derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What a backend derives from ``by_slot`` and keeps; it must notice a replaced entry."""

@@ -19,6 +19,20 @@ ALIGNMENT = 64
 
 
 @dataclass(frozen=True, kw_only=True)
+class LinearLayout:
+    """How Hugging Face's projections lie in the output rows that a rank holds of one Megatron linear."""
+
+    projections: tuple[str, ...]
+    """Hugging Face names, by index."""
+    projection_rows: tuple[int, ...]
+    """Output rows of each whole projection."""
+    row_projection: torch.Tensor
+    """int32 ``[out_features]``: the projection of each local output row."""
+    row_index: torch.Tensor
+    """int64 ``[out_features]``: the row of each local output row within its whole projection."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TargetLinear:
     """One linear of this stage that adapters may target, and how tensor parallelism splits it."""
 
@@ -30,12 +44,12 @@ class TargetLinear:
     column_parallel: bool
     """Column-parallel: A is replicated and B split by rows. Otherwise A is split by columns and B replicated."""
     full_in_features: int
-    projections: tuple[str, ...]
-    """Hugging Face names of the projections, by the index that ``row_projection`` uses."""
-    projection_rows: tuple[int, ...]
-    """Output rows of each whole projection."""
-    row_index: torch.Tensor
-    """int64 ``[out_features]``: for each local output row its row within its whole projection."""
+    layout: LinearLayout
+
+    @property
+    def device(self) -> torch.device:
+        """Where the linear is."""
+        return self.layout.row_index.device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +98,7 @@ class AdapterShard:
         chosen = [(target, _projections_of(spec, target)) for target in targets]
         chosen = [(target, projections) for target, projections in chosen if projections]
         offsets, self.num_replicated, numel = _layout(spec.rank, chosen)
-        device = chosen[0][0].row_index.device if chosen else _device_of(targets)
+        device = targets[0].device if targets else torch.device("cpu")
         self.master = torch.zeros(numel, dtype=torch.float32, device=device)
         self.params = self.master if dtype == torch.float32 else torch.zeros(numel, dtype=dtype, device=device)
         self.grad = torch.zeros(numel + 1, dtype=torch.float32, device=device)
@@ -190,9 +204,9 @@ class AdapterShard:
         for k, projection in enumerate(projections):
             block = slice(k * self.spec.rank, (k + 1) * self.spec.rank)
             rows = torch.arange(linear.out_features, device=b.device)
-            if projection != ALL_ROWS and linear.row_projection is not None:
-                rows = rows[linear.row_projection == projection]
-            name = target.linear if projection == ALL_ROWS else target.projections[projection]
+            if projection != ALL_ROWS:
+                rows = rows[target.layout.row_projection == projection]
+            name = target.linear if projection == ALL_ROWS else target.layout.projections[projection]
             self._blocks.append(
                 _Block(target=target, projection=projection, name=name, rows=rows, columns=block, a=a[block], b=b)
             )
@@ -216,7 +230,7 @@ def _projections_of(spec: AdapterSpec, target: TargetLinear) -> tuple[int, ...]:
         return ()
     if target.linear in spec.target_modules:
         return (ALL_ROWS,)
-    return tuple(k for k, name in enumerate(target.projections) if name in spec.target_modules)
+    return tuple(k for k, name in enumerate(target.layout.projections) if name in spec.target_modules)
 
 
 def _layout(
@@ -239,20 +253,16 @@ def _layout(
 
 
 def _full_rows(target: TargetLinear, projection: int) -> int:
-    return sum(target.projection_rows) if projection == ALL_ROWS else target.projection_rows[projection]
+    return sum(target.layout.projection_rows) if projection == ALL_ROWS else target.layout.projection_rows[projection]
 
 
 def _full_row_index(target: TargetLinear, block: _Block) -> torch.Tensor:
     """Rows of the whole B, in the order of Hugging Face's projections, that this rank's rows are."""
-    index = target.row_index[block.rows]
-    if block.projection == ALL_ROWS and target.adapters.row_projection is not None:
-        starts = torch.tensor([0, *target.projection_rows[:-1]]).cumsum(0).to(index)
-        index = index + starts[target.adapters.row_projection[block.rows].long()]
+    index = target.layout.row_index[block.rows]
+    if block.projection == ALL_ROWS:
+        starts = torch.tensor([0, *target.layout.projection_rows[:-1]]).cumsum(0).to(index)
+        index = index + starts[target.layout.row_projection.long()]
     return index.cpu()
-
-
-def _device_of(targets: Sequence[TargetLinear]) -> torch.device:
-    return targets[0].row_index.device if targets else torch.device("cpu")
 
 
 def _seed(seed: int, name: str) -> int:

@@ -7,7 +7,8 @@ forward was given, never one that a later microbatch left on a module.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -37,6 +38,8 @@ class Routing:
     """int32 ``[num_tokens, 2]`` on the device: `kernels.dropout.row_keys`."""
     tile_slots: torch.Tensor
     """int32 ``[ceil(num_tokens / tile)]`` on the device: the tile's slot, -1 for plain rows."""
+    derived: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    """Device tables that a backend derives from the segments; they live as long as the microbatch."""
 
 
 def build_routing(segments: Sequence[RoutedSegment], *, num_tokens: int, tile: int, row_keys: torch.Tensor) -> Routing:

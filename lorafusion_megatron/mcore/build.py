@@ -151,6 +151,15 @@ def canonical_parameters(chunks: Sequence[GPTModel]) -> dict[str, torch.Tensor]:
     return out
 
 
+def transformer_engine_missing() -> str | None:
+    """Why Transformer Engine can't be used; None where it can."""
+    try:
+        from megatron.core.extensions.transformer_engine import HAVE_TE
+    except ImportError as error:
+        return f"Transformer Engine does not import ({error})"
+    return None if HAVE_TE else "Transformer Engine is not installed"
+
+
 def _block_spec(config: TransformerConfig, transformer_impl: str, num_layers: int) -> Any:
     if transformer_impl == "local":
         return local_block_spec(config, num_layers)

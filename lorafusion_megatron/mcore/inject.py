@@ -5,7 +5,8 @@ the microbatch's routing. Tensor-parallel collectives are the base layer's own: 
 """
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -21,16 +22,8 @@ from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
 from ..lora.adapters import LinearAdapters
 from ..lora.autograd import Backend, lora_linear
-from ..lora.bank import TargetLinear
+from ..lora.bank import LinearLayout, TargetLinear
 from ..lora.routing import current_routing, routing_scope
-from ..types import ModelSpec
-
-PROJECTIONS = {
-    "linear_qkv": ("q_proj", "k_proj", "v_proj"),
-    "linear_proj": ("o_proj",),
-    "linear_fc1": ("gate_proj", "up_proj"),
-    "linear_fc2": ("down_proj",),
-}
 
 
 class RoutedBlock:
@@ -114,9 +107,8 @@ class LoraRowParallelLinear(_LoraLinear):
 
 def inject(
     chunks: Iterable[torch.nn.Module],
-    spec: ModelSpec,
+    layouts: Mapping[str, LinearLayout],
     *,
-    linears: frozenset[str],
     backend: Backend,
     tp_rank: int,
     tp_size: int,
@@ -125,8 +117,8 @@ def inject(
 
     Args:
         chunks: this rank's model chunks.
-        spec: dimensions of the base model.
-        linears: Megatron names to take over (those that some job targets).
+        layouts: Megatron's names of the linears to take over (those that some job targets), with how Hugging Face's
+            projections lie in this rank's rows of each.
         backend: what computes them.
         tp_rank: place in the tensor-parallel group.
         tp_size: size of that group.
@@ -144,26 +136,19 @@ def inject(
             _become(block, RoutedBlock)
             for name, module in list(block.named_modules()):
                 linear = name.rsplit(".", 1)[-1]
-                if linear not in linears:
+                if linear not in layouts:
                     continue
                 if not isinstance(module, columns + rows):
                     raise ValueError(f"{name} is a {type(module).__name__}, which can't be taken over")
                 column = isinstance(module, columns)
-                target = _target(
-                    module, f"decoder.layers.{block.layer_number - 1}.{name}", spec, column, tp_rank, tp_size
-                )
+                full_name = f"decoder.layers.{block.layer_number - 1}.{name}"
+                target = _target(module, full_name, layouts[linear], column, tp_rank, tp_size)
                 _become(module, LoraColumnParallelLinear if column else LoraRowParallelLinear)
                 module.lora_adapters = target.adapters
                 module.lora_backend = backend
                 module.lora_anchor = torch.empty(0, device=module.weight.device, requires_grad=True)
                 targets.append(target)
     return sorted(targets, key=lambda t: (t.layer, t.adapters.name))
-
-
-def linears_of(target_modules: Iterable[str]) -> frozenset[str]:
-    """Megatron linears that hold the named projections (Hugging Face's or Megatron's names)."""
-    wanted = set(target_modules)
-    return frozenset(name for name, parts in PROJECTIONS.items() if wanted & {name, *parts})
 
 
 def _linear_types() -> tuple[tuple[type, ...], tuple[type, ...]]:
@@ -200,16 +185,13 @@ def _norm(module: Any, x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.layer_norm(x, (x.shape[-1],), weight, module.layer_norm_bias, module.eps)
 
 
-def _target(module: Any, name: str, spec: ModelSpec, column: bool, tp_rank: int, tp_size: int) -> TargetLinear:
+def _target(module: Any, name: str, layout: LinearLayout, column: bool, tp_rank: int, tp_size: int) -> TargetLinear:
     out_features, in_features = module.weight.shape
-    linear = name.rsplit(".", 1)[-1]
-    rows = _row_tables(linear, spec, tp_rank, tp_size)
-    parts = PROJECTIONS[linear]
     device = module.weight.device
-    if rows is None:
-        of_row, row_index, part_rows = None, torch.arange(out_features), (out_features,)
-    else:
-        of_row, row_index, part_rows = rows
+    fused = len(layout.projections) > 1
+    layout = replace(
+        layout, row_projection=layout.row_projection.to(device), row_index=layout.row_index.to(device, torch.int64)
+    )
     return TargetLinear(
         adapters=LinearAdapters(
             name=name,
@@ -217,45 +199,11 @@ def _target(module: Any, name: str, spec: ModelSpec, column: bool, tp_rank: int,
             in_features=in_features,
             out_features=out_features,
             feature_offset=0 if column else tp_rank * in_features,
-            row_projection=None if of_row is None else of_row.to(device),
+            row_projection=layout.row_projection if fused else None,
         ),
         layer=int(name.split(".")[2]),
-        linear=linear,
+        linear=name.rsplit(".", 1)[-1],
         column_parallel=column,
         full_in_features=in_features * (1 if column else tp_size),
-        projections=parts,
-        projection_rows=part_rows,
-        row_index=row_index.to(device),
+        layout=layout,
     )
-
-
-def _row_tables(
-    linear: str, spec: ModelSpec, tp_rank: int, tp_size: int
-) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]] | None:
-    """For a fused linear: the projection of each local row, its row within that projection, rows per projection.
-
-    Megatron interleaves q, k and v by query group (``[q heads of the group, k, v]`` each) and stacks gate over up.
-    """
-    pieces: list[tuple[int, range]] = []
-    if linear == "linear_qkv":
-        d = spec.head_dim
-        q = spec.num_attention_heads // spec.num_query_groups * d
-        groups = spec.num_query_groups // tp_size
-        for group in range(tp_rank * groups, (tp_rank + 1) * groups):
-            pieces += [(p, range(group * n, (group + 1) * n)) for p, n in enumerate((q, d, d))]
-        totals = (spec.num_query_groups * q, spec.num_query_groups * d, spec.num_query_groups * d)
-    elif linear == "linear_fc1":
-        n = spec.ffn_hidden_size // tp_size
-        pieces = [(p, range(tp_rank * n, (tp_rank + 1) * n)) for p in (0, 1)]
-        totals = (spec.ffn_hidden_size, spec.ffn_hidden_size)
-    else:
-        return None
-    return _flatten(pieces, totals)
-
-
-def _flatten(
-    pieces: Sequence[tuple[int, range]], totals: tuple[int, ...]
-) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
-    of_row = torch.cat([torch.full((len(rows),), p, dtype=torch.int32) for p, rows in pieces])
-    index = torch.cat([torch.arange(rows.start, rows.stop) for _, rows in pieces])
-    return of_row, index, totals

@@ -1,0 +1,272 @@
+"""The Triton backend: the fused kernels over any number of adapters, each launch serving all of a microbatch's."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ..kernels import dropout, tables
+from ..kernels.down import down
+from ..kernels.dy_pass import dy_pass
+from ..kernels.expand import expand_
+from ..kernels.factor_grad import factor_grad
+from ..kernels.product import ProductConfig, product
+from .adapters import LinearAdapter, LinearAdapters
+from .routing import Routing
+
+TILE = 64
+"""Rows per tile: the smallest that fills the matrix unit; larger ones waste more padding on every layer."""
+WIDEST_JOINT = 32
+"""Columns up to which dS and dB share one pass over dY; beyond, the parts of dS outweigh a second pass."""
+FACTOR_A, FACTOR_B = tables.FACTOR_A.value, tables.FACTOR_B.value
+GRAD_A, GRAD_B = tables.GRAD_A.value, tables.GRAD_B.value
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Slots:
+    """A linear's slot table, valid while its adapters are these very objects."""
+
+    entries: tuple[tuple[int, LinearAdapter], ...]
+    table: torch.Tensor
+    align: int
+
+    def serves(self, adapters: LinearAdapters) -> bool:
+        """Whether no slot was attached, replaced or removed since."""
+        now = adapters.by_slot
+        return len(now) == len(self.entries) and all(now.get(slot) is adapter for slot, adapter in self.entries)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """What one launch sequence needs to know of a linear and a microbatch."""
+
+    slots: _Slots
+    width: int
+    """Columns of S: the widest adapter's in this microbatch, rounded up to 16."""
+    drop: bool
+    module_key: int
+
+
+class TritonBackend:
+    """Fused kernels: one pass over X, one product, one pass over dY, one product, one pass over X.
+
+    Args:
+        device: where the linears live.
+        strategy: ``auto``; ``fused`` (adapter's part inside the product) or ``expand`` (cuBLAS, then added in place).
+        interpret: run under Triton's interpreter on the CPU (tests).
+
+    Note: never synchronises with the host; capturable in a CUDA graph after one call outside it, which builds the
+    tables and the counters. Saves S in x's dtype and nothing else of the size of the tokens.
+    """
+
+    name = "triton"
+    tile = TILE
+
+    def __init__(self, device: torch.device | str = "cuda", *, strategy: str = "auto") -> None:
+        self.device = torch.device(device)
+        self.strategy = strategy
+        self.interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        self._counters: dict[tuple[torch.device, str], torch.Tensor] = {}
+        self._programs = 4
+        self._bulk_copies = self.interpreted
+        if self.device.type == "cuda" and torch.cuda.is_available():
+            properties = torch.cuda.get_device_properties(self.device)
+            self._programs = properties.multi_processor_count
+            self._bulk_copies = properties.major >= 9
+
+    def reason_unsupported(self, x: torch.Tensor, weight: torch.Tensor) -> str | None:
+        """Why these tensors can't go through the kernels; None where they can."""
+        if x.device.type != "cuda" and not self.interpreted:
+            return f"the kernels need a GPU; the input is on {x.device.type}"
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"the kernels compute in float32, bfloat16 or float16, not {x.dtype}"
+        if x.dtype != weight.dtype:
+            return f"input is {x.dtype} and weight {weight.dtype}; the kernels need one type"
+        if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
+            return "the kernels need compute capability 8.0 or newer"
+        return None
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        adapters: LinearAdapters,
+        routing: Routing,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``y = x Wᵀ + bias + S Bᵀ`` with ``S = scaling * drop(x) Aᵀ``.
+
+        Args:
+            x: ``[tokens, in]``.
+            weight: ``[out, in]``, frozen.
+            bias: ``[out]`` or None.
+            adapters: the linear's adapters by slot.
+            routing: of this microbatch, with this backend's tile.
+
+        Returns:
+            y ``[tokens, out]`` and S ``[tokens, widest adapter]``, None where no adapter is concerned.
+        """
+        call = self._call(adapters, routing)
+        if call is None:
+            return F.linear(x, weight, bias), None
+        x = _rows(x)
+        s = self._down(x, call, adapters, routing, factor=FACTOR_A, drop=call.drop)
+        if self._fuses(x, weight):
+            return self._product(x, weight, bias, s, call, adapters, routing, factor=FACTOR_B), s
+        y = F.linear(x, weight, bias)
+        self._expand(y, s, call, adapters, routing, factor=FACTOR_B)
+        return y, s
+
+    def backward(
+        self,
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        s: torch.Tensor | None,
+        adapters: LinearAdapters,
+        routing: Routing,
+        *,
+        needs_dx: bool,
+    ) -> torch.Tensor | None:
+        """``dx = dy W + mask * (dS A)``, ``dS = scaling * dy B``; adds ``dA = dSᵀ drop(x)`` and ``dB = dyᵀ S``.
+
+        Returns:
+            dx ``[tokens, in]``, None where ``needs_dx`` is False.
+        """
+        call = None if s is None else self._call(adapters, routing)
+        if call is None:
+            return dy @ weight if needs_dx else None
+        assert s is not None
+        dy, x = _rows(dy), _rows(x)
+        ds = self._dy_products(dy, s, call, adapters, routing)
+        self._grad(x, ds, call, adapters, routing, grad=GRAD_A)
+        if not needs_dx:
+            return None
+        if self._fuses(dy, weight):
+            return self._product(dy, weight, None, ds, call, adapters, routing, factor=FACTOR_A)
+        dx = dy @ weight
+        self._expand(dx, ds, call, adapters, routing, factor=FACTOR_A)
+        return dx
+
+    def _call(self, adapters: LinearAdapters, routing: Routing) -> _Call | None:
+        active = [
+            adapters.by_slot[segment.slot] for segment in routing.segments if segment.slot in adapters.by_slot
+        ]
+        if not active:
+            return None
+        if routing.tile != TILE:
+            raise ValueError(f"routing has tiles of {routing.tile} rows; the Triton backend needs {TILE}")
+        slots = adapters.derived.get("triton")
+        if slots is None or not slots.serves(adapters):
+            slots = adapters.derived["triton"] = _slots(adapters, active[0].a.device)
+        return _Call(
+            slots=slots,
+            width=-(-max(adapter.columns for adapter in active) // 16) * 16,
+            drop=any(adapter.dropout > 0.0 for adapter in active),
+            module_key=_signed(adapters.module_key),
+        )
+
+    def _fuses(self, z: torch.Tensor, weight: torch.Tensor) -> bool:
+        """Whether the fused product can and should run: bulk copies need 16-bit types and 16-byte rows."""
+        possible = (
+            self._bulk_copies
+            and z.element_size() == 2
+            and not any(size % 8 for size in (*weight.shape, z.stride(0)))
+            and weight.is_contiguous()
+        )
+        return possible and self.strategy != "expand"
+
+    def _down(self, z, call: _Call, adapters, routing, *, factor: int, drop: bool) -> torch.Tensor:
+        tiles = routing.tile_slots.shape[0]
+        blocks = -(-call.width // 64)
+        splits = max(1, min(8, 3 * self._programs // (tiles * blocks), z.shape[1] // 512))
+        return down(
+            z, call.slots.table, routing.tile_slots, routing.row_keys, self._zeros("down", tiles * blocks),
+            factor=factor, width=call.width, tile=TILE, module_key=call.module_key,
+            feature_offset=adapters.feature_offset, drop=drop, splits=splits, align=call.slots.align,
+        )  # fmt: skip
+
+    def _product(self, z, weight, bias, q, call: _Call, adapters, routing, *, factor: int) -> torch.Tensor:
+        return product(
+            z, weight, bias, q, call.slots.table, routing.tile_slots, routing.row_keys,
+            factor=factor, tile=TILE, module_key=call.module_key, feature_offset=adapters.feature_offset,
+            drop=call.drop and factor == FACTOR_A, align=call.slots.align, config=ProductConfig(),
+            programs=self._programs,
+        )  # fmt: skip
+
+    def _expand(self, y, q, call: _Call, adapters, routing, *, factor: int) -> None:
+        expand_(
+            y, q, call.slots.table, routing.tile_slots, routing.row_keys,
+            factor=factor, tile=TILE, module_key=call.module_key, feature_offset=adapters.feature_offset,
+            drop=call.drop and factor == FACTOR_A, align=call.slots.align,
+        )  # fmt: skip
+
+    def _dy_products(self, dy, s, call: _Call, adapters, routing) -> torch.Tensor:
+        """dS, and dB into the gradients."""
+        if call.width > WIDEST_JOINT:
+            self._grad(dy, s, call, adapters, routing, grad=GRAD_B)
+            return self._down(dy, call, adapters, routing, factor=FACTOR_B, drop=False)
+        chunks, split = self._chunks(routing, strips=-(-dy.shape[1] // 256))
+        return dy_pass(
+            dy, s, call.slots.table, chunks, routing.tile_slots,
+            self._zeros("dy", chunks.shape[0] * -(-dy.shape[1] // 64)),
+            row_projection=adapters.row_projection, tile=TILE, split=split, align=call.slots.align,
+        )  # fmt: skip
+
+    def _grad(self, z, q, call: _Call, adapters, routing, *, grad: int) -> None:
+        of_a = grad == GRAD_A
+        chunks, split = self._chunks(routing, strips=-(-z.shape[1] // 128))
+        counters = chunks.shape[0] * -(-z.shape[1] // 64) * -(-call.width // 64)
+        factor_grad(
+            z, q, call.slots.table, chunks, routing.row_keys, self._zeros("grad", counters),
+            grad=grad, row_projection=None if of_a else adapters.row_projection, module_key=call.module_key,
+            feature_offset=adapters.feature_offset, drop=call.drop and of_a, split=split, align=call.slots.align,
+        )  # fmt: skip
+
+    def _chunks(self, routing: Routing, *, strips: int) -> tuple[torch.Tensor, bool]:
+        """Chunk table that gives about four programs a multiprocessor, and whether a segment was cut."""
+        wanted = max(1, 4 * self._programs // strips)
+        rows = max(4 * TILE, -(-routing.num_tokens // (wanted * TILE)) * TILE)
+        key = ("chunks", rows)
+        if key not in routing.derived:
+            segments = [(segment.slot, segment.start, segment.stop) for segment in routing.segments]
+            table = tables.chunk_table(segments, rows_per_chunk=rows)
+            routing.derived[key] = (table.to(routing.row_keys.device), table.shape[0] > len(segments))
+        return routing.derived[key]
+
+    def _zeros(self, use: str, size: int) -> torch.Tensor:
+        """Counters of one kernel, which leaves them zero; a larger buffer replaces a smaller one."""
+        key = (self.device, use)
+        if key not in self._counters or self._counters[key].numel() < size:
+            self._counters[key] = torch.zeros(max(4096, 2 * size), dtype=torch.int32, device=self.device)
+        return self._counters[key]
+
+
+def _slots(adapters: LinearAdapters, device: torch.device) -> _Slots:
+    rows = {
+        slot: tables.SlotRow(
+            a=adapter.a,
+            b=adapter.b,
+            grad_a=adapter.grad_a,
+            grad_b=adapter.grad_b,
+            columns=adapter.columns,
+            threshold=dropout.threshold(adapter.dropout),
+            scale=adapter.scaling * dropout.keep_scale(adapter.dropout),
+            rank=adapter.rank,
+            projections=adapter.projections,
+        )
+        for slot, adapter in adapters.by_slot.items()
+    }
+    align = tables.table_alignment(rows)
+    entries = tuple(adapters.by_slot.items())
+    return _Slots(entries=entries, table=tables.slot_table(rows, device), align=align)
+
+
+def _rows(z: torch.Tensor) -> torch.Tensor:
+    """z with contiguous rows; copies only where they are not."""
+    return z if z.stride(1) == 1 and z.stride(0) >= z.shape[1] else z.contiguous()
+
+
+def _signed(key: int) -> int:
+    return key - (1 << 32) if key >= 1 << 31 else key

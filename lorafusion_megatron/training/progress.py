@@ -1,0 +1,164 @@
+"""What a person sees of a run: a live table in a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ..types import Schedule, StepReport
+
+
+class Progress(Protocol):
+    """Told of everything that happens, on rank 0."""
+
+    def window(self, schedule: Schedule, names: list[str]) -> None:
+        """A window begins."""
+
+    def step(self, report: StepReport, *, name: str, total: int, tokens: int) -> None:
+        """A job's optimizer step was applied."""
+
+    def window_done(self, *, bubble_share: float, seconds: float) -> None:
+        """A window ended."""
+
+    def note(self, text: str) -> None:
+        """Something worth a line."""
+
+    def close(self) -> None:
+        """The run ended."""
+
+
+class Silent:
+    """The other ranks."""
+
+    def window(self, schedule: Schedule, names: list[str]) -> None: ...
+    def step(self, report: StepReport, *, name: str, total: int, tokens: int) -> None: ...
+    def window_done(self, *, bubble_share: float, seconds: float) -> None: ...
+    def note(self, text: str) -> None: ...
+    def close(self) -> None: ...
+
+
+def describe_mix(schedule: Schedule, names: list[str]) -> str:
+    """Which jobs share microbatches, most frequent first: ``a+b 12, a 3, no-op 1``."""
+    mixes: Counter[str] = Counter()
+    for replica in schedule.replicas:
+        for microbatch in replica:
+            jobs = dict.fromkeys(names[sample.job] for sample in microbatch.samples)
+            mixes["+".join(jobs) or "no-op"] += 1
+    return ", ".join(f"{mix} {count}" for mix, count in mixes.most_common(8))
+
+
+class Lines:
+    """A line per optimizer step, for log files."""
+
+    def __init__(self, log_interval: int = 1) -> None:
+        self.log_interval = log_interval
+        self._last = time.perf_counter()
+        self._tokens = 0
+
+    def window(self, schedule: Schedule, names: list[str]) -> None:
+        """A window begins."""
+        self.note(f"window of {schedule.num_microbatches} microbatches; jobs together: {describe_mix(schedule, names)}")
+
+    def step(self, report: StepReport, *, name: str, total: int, tokens: int) -> None:
+        """A job's optimizer step was applied."""
+        self._tokens += tokens
+        if report.step % self.log_interval and report.step != total and not report.skipped:
+            return
+        skipped = "  SKIPPED: the gradient is not finite" if report.skipped else ""
+        self.note(
+            f"{name} step {report.step}/{total}  loss {report.loss:.4f}  lr {report.lr:.3g}  "
+            f"grad norm {report.grad_norm:.3g}{skipped}"
+        )
+
+    def window_done(self, *, bubble_share: float, seconds: float) -> None:
+        """A window ended."""
+        rate, self._tokens = self._tokens / seconds, 0
+        self.note(f"window done in {seconds:.1f} s: {rate:,.0f} tokens/s, bubble share {bubble_share:.1%}")
+
+    def note(self, text: str) -> None:
+        """Print a line."""
+        print(text, flush=True)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+@dataclass(kw_only=True)
+class _Row:
+    total: int
+    report: StepReport
+    tokens: int = 0
+    since: float = field(default_factory=time.perf_counter)
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / max(1e-9, time.perf_counter() - self.since)
+
+
+class LiveTable:
+    """A table redrawn in place: per job step, loss, lr, gradient norm, tokens/s; below it the mix and bubbles."""
+
+    def __init__(self) -> None:
+        from rich.live import Live
+
+        self._rows: dict[str, _Row] = {}
+        self._mix = ""
+        self._bubbles = ""
+        self._started = time.perf_counter()
+        self._live = Live(self._table(), refresh_per_second=4)
+        self._live.start()
+
+    def window(self, schedule: Schedule, names: list[str]) -> None:
+        """A window begins."""
+        self._mix = describe_mix(schedule, names)
+        self._live.update(self._table())
+
+    def step(self, report: StepReport, *, name: str, total: int, tokens: int) -> None:
+        """A job's optimizer step was applied."""
+        row = self._rows.setdefault(name, _Row(total=total, report=report, since=self._started))
+        row.report = report
+        row.tokens += tokens
+        if report.skipped:
+            self.note(f"{name} step {report.step}: skipped, the gradient is not finite")
+        self._live.update(self._table())
+
+    def window_done(self, *, bubble_share: float, seconds: float) -> None:
+        """A window ended."""
+        self._bubbles = f"bubble share {bubble_share:.1%} over the last window of {seconds:.1f} s"
+        self._live.update(self._table())
+
+    def note(self, text: str) -> None:
+        """Print a line above the table."""
+        self._live.console.print(text, highlight=False)
+
+    def close(self) -> None:
+        """Leave the last table on the screen."""
+        self._live.update(self._table())
+        self._live.stop()
+
+    def _table(self) -> object:
+        from rich.table import Table
+
+        caption = "\n".join(text for text in (f"microbatches: {self._mix}" if self._mix else "", self._bubbles) if text)
+        table = Table(caption=caption or None, caption_justify="left")
+        for column in ("job", "step", "loss", "lr", "grad norm", "tokens/s"):
+            table.add_column(column, justify="left" if column == "job" else "right")
+        for name, row in self._rows.items():
+            report = row.report
+            table.add_row(
+                name,
+                f"{report.step}/{row.total}",
+                f"{report.loss:.4f}",
+                f"{report.lr:.2e}",
+                f"{report.grad_norm:.3f}",
+                f"{row.rate:,.0f}",
+            )
+        return table
+
+
+def make_progress(*, is_first: bool, log_interval: int) -> Progress:
+    """The live table in a terminal, lines elsewhere, nothing on the other ranks."""
+    if not is_first:
+        return Silent()
+    return LiveTable() if sys.stdout.isatty() else Lines(log_interval)

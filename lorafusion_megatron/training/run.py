@@ -1,0 +1,43 @@
+"""A whole run: checks first, then process groups, then the trainer."""
+
+import os
+
+import torch
+
+from ..config.run import RunConfig
+from .progress import make_progress
+from .setup import prepare
+
+
+def train_run(run: RunConfig) -> int:
+    """Train all jobs of a run on this rank.
+
+    Returns:
+        0 when every job ended.
+
+    Raises:
+        UserError: the run can't start as it is; no process group was made and nothing was written.
+    """
+    prepared = prepare(run)
+    from ..mcore import parallel
+    from .trainer import Trainer
+
+    if prepared.device == "cpu":
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    groups = parallel.start(
+        prepared.topology,
+        device=prepared.device,
+        seed=run.runtime.seed,
+        timeout_minutes=run.runtime.distributed_timeout_minutes,
+    )
+    progress = make_progress(is_first=groups.is_first, log_interval=run.logger.log_interval)
+    try:
+        progress.note(
+            f"{len(run.jobs)} jobs on {prepared.device}: {prepared.transformer_impl} layers "
+            f"({prepared.transformer_reason}), {prepared.backend.name} adapters"
+        )
+        Trainer(prepared, groups, progress).train()
+    finally:
+        progress.close()
+        parallel.stop()
+    return 0

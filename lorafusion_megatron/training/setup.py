@@ -1,0 +1,165 @@
+"""From a run file to everything that training needs, before any process group is made."""
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+
+from ..config.run import RunConfig
+from ..data.dataset import JobDataset
+from ..data.order import GlobalBatches
+from ..errors import UserError
+from ..lora.autograd import Backend
+from ..lora.bank import LinearLayout
+from ..models.config import read_model_spec
+from ..models.projections import resolve_targets, row_of_projection, row_projection, target_linears
+from ..types import ModelSpec, Topology
+from .inputs import job_batches, load_job_dataset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A checked run."""
+
+    run: RunConfig
+    spec: ModelSpec
+    topology: Topology
+    datasets: dict[int, JobDataset]
+    sources: dict[int, GlobalBatches]
+    device: str
+    transformer_impl: str
+    transformer_reason: str
+    """Why that implementation, where the run file left it to us."""
+    backend: Backend
+    layers_per_chunk: tuple[int, ...]
+
+    @property
+    def padding_multiple(self) -> int:
+        """Rows that each job's part of a microbatch is padded to."""
+        return math.lcm(self.run.runtime.padding_multiple or 1, self.backend.tile)
+
+    @property
+    def row_multiple(self) -> int:
+        """Rows that a whole microbatch is padded to: sequence parallel splits them over TP."""
+        return self.topology.tensor_parallel if self.topology.sequence_parallel else 1
+
+
+def prepare(run: RunConfig) -> Prepared:
+    """Read and check everything that a run names; makes no process group and writes nothing.
+
+    Raises:
+        UserError: whatever is wrong.
+    """
+    spec = read_model_spec(run.base_model.path)
+    topology = run.topology(world_size())
+    datasets = {i: load_job_dataset(run, i, vocab_size=spec.vocab_size) for i in range(len(run.jobs))}
+    device = choose_device(run)
+    transformer_impl, reason = choose_transformer(run, device)
+    return Prepared(
+        run=run,
+        spec=spec,
+        topology=topology,
+        datasets=datasets,
+        sources={i: job_batches(run, i, dataset) for i, dataset in datasets.items()},
+        device=device,
+        transformer_impl=transformer_impl,
+        transformer_reason=reason,
+        backend=choose_backend(run, device),
+        layers_per_chunk=even_layout(spec.num_layers, run.model.chunks),
+    )
+
+
+def even_layout(num_layers: int, chunks: int) -> tuple[int, ...]:
+    """Layers spread as evenly as whole layers allow; the last chunks, which also hold the output layer, get fewer."""
+    base, extra = divmod(num_layers, chunks)
+    return tuple(base + (index < extra) for index in range(chunks))
+
+
+def world_size() -> int:
+    """Ranks that torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def choose_device(run: RunConfig) -> str:
+    """ "cuda" or "cpu".
+
+    Raises:
+        UserError: cuda was asked for and there is none.
+    """
+    wanted = run.runtime.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "device cuda",
+            rule="PyTorch sees no GPU on this machine",
+            remedy="use auto or cpu, or mend the driver",
+            key="runtime.device",
+        )
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return wanted
+
+
+def choose_backend(run: RunConfig, device: str) -> Backend:
+    """The LoRA backend of a run.
+
+    Raises:
+        UserError: triton was asked for where it can't run.
+    """
+    from ..lora.reference import TorchBackend
+
+    wanted = run.runtime.lora_backend
+    if wanted == "torch" or (wanted == "auto" and device == "cpu"):
+        return TorchBackend()
+    if device == "cpu":
+        raise UserError(
+            "lora_backend triton with device cpu",
+            rule="the Triton kernels need a GPU",
+            remedy="use auto or torch",
+            key="runtime.lora_backend",
+        )
+    from ..lora.triton_backend import TritonBackend
+
+    return TritonBackend()
+
+
+def choose_transformer(run: RunConfig, device: str) -> tuple[str, str]:
+    """(local or transformer_engine, why).
+
+    Raises:
+        UserError: Transformer Engine was asked for where it can't run.
+    """
+    wanted = run.model.transformer_impl
+    if wanted == "local":
+        return "local", "asked for"
+    if device == "cpu":
+        reason: str | None = "there is no GPU"
+    else:
+        from ..mcore.build import transformer_engine_missing
+
+        reason = transformer_engine_missing()
+    if reason is None:
+        return "transformer_engine", "installed"
+    if wanted == "transformer_engine":
+        raise UserError(
+            "transformer_impl transformer_engine",
+            rule=reason,
+            remedy="install transformer-engine[pytorch], or use auto or local",
+            key="model.transformer_impl",
+        )
+    return "local", reason
+
+
+def linear_layouts(spec: ModelSpec, run: RunConfig, tp_rank: int, tp_size: int) -> dict[str, LinearLayout]:
+    """The linears that some job targets, with the layout of this rank's rows."""
+    wanted = {name for job in run.jobs for name in resolve_targets(spec, job.peft.target_modules)}
+    out = {}
+    for name, linear in target_linears(spec).items():
+        if name in wanted:
+            out[name] = LinearLayout(
+                projections=tuple(projection.name for projection in linear.projections),
+                projection_rows=tuple(projection.out_features for projection in linear.projections),
+                row_projection=torch.from_numpy(row_projection(spec, name, tp_rank, tp_size)),
+                row_index=torch.from_numpy(row_of_projection(spec, name, tp_rank, tp_size)),
+            )
+    return out
