@@ -225,11 +225,16 @@ class JobConfig:
         if self.train.train_iters is not None:
             self.check_warmup(self.train.train_iters)
 
-    def check_warmup(self, num_steps: int) -> None:
-        """Check that the warmup ends before the job does (with epochs, known once the rows are counted)."""
+    def check_warmup(self, num_steps: int, *, key: str = "") -> None:
+        """Check that the warmup ends before the job does (with epochs, known once the rows are counted).
+
+        Args:
+            num_steps: optimizer steps of the job.
+            key: key path of the job, for the message.
+        """
         require(
             self.scheduler.lr_warmup_iters < num_steps,
-            key="scheduler.lr_warmup_iters",
+            key=f"{key}.scheduler.lr_warmup_iters".lstrip("."),
             given=f"{self.scheduler.lr_warmup_iters} warmup steps in a job of {num_steps}",
             rule="the warmup must end before the job does",
             remedy="lower lr_warmup_iters or train longer",

@@ -4,6 +4,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import IO
 
@@ -48,6 +49,11 @@ def read_rows(path: Path, *, key: str) -> Iterator[tuple[str, dict[str, object]]
             remedy="check the path",
             key=key,
         ) from None
+
+
+def place_of(path: Path, row: int, *, key: str) -> str:
+    """``file:line`` of a row of a file that was read before; reads it again, for messages of errors found late."""
+    return next((place for place, _ in islice(read_rows(path, key=key), row, None)), str(path))
 
 
 def _open(path: Path) -> IO[str]:

@@ -1,0 +1,170 @@
+"""Checks of a run against its base model, its data and the machine; they need no torch and write nothing."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from lorafusion_megatron.config import JobConfig, RunConfig
+from lorafusion_megatron.data import JobDataset
+from lorafusion_megatron.data.reader import place_of
+from lorafusion_megatron.errors import UserError
+from lorafusion_megatron.models.families import check_tensor_parallel
+from lorafusion_megatron.models.projections import resolve_targets
+from lorafusion_megatron.types import ModelSpec, padded
+
+
+def check_run(run: RunConfig, spec: ModelSpec) -> list[str]:
+    """Check a run against the dimensions of its base model, and where it writes.
+
+    Args:
+        run: the run file.
+        spec: the base model.
+
+    Returns:
+        Notes: what is allowed but has no effect, or may surprise.
+
+    Raises:
+        UserError: the model can't be laid out so, a job asks for what the model can't do, ``WORLD_SIZE`` is set and
+            doesn't fit, or the output folder can't be written.
+    """
+    check_tensor_parallel(spec, run.model.tensor_model_parallel_size)
+    _check_stages(run, spec)
+    if "WORLD_SIZE" in os.environ:
+        run.topology(int(os.environ["WORLD_SIZE"]))
+    for index, job in enumerate(run.jobs):
+        _check_job(job, f"jobs[{index}]", spec)
+    _check_output(run.checkpoint.save)
+    notes = []
+    if run.model.sequence_parallel and run.model.tensor_model_parallel_size == 1:
+        notes.append("model.sequence_parallel has no effect with tensor_model_parallel_size 1")
+    return notes
+
+
+def check_dataset(
+    run: RunConfig,
+    spec: ModelSpec,
+    job_index: int,
+    dataset: JobDataset,
+    *,
+    padding_multiple: int = 1,
+    section: str = "dataset",
+) -> list[str]:
+    """Check the rows of a job against its run and its base model.
+
+    Args:
+        run: the run file.
+        spec: the base model.
+        job_index: index into ``run.jobs``.
+        dataset: the job's rows.
+        padding_multiple: rows that the LoRA backend pads to.
+        section: ``dataset``, or ``eval`` for the validation rows.
+
+    Returns:
+        Notes: rows that train nothing, were cut, or come more than once in a batch.
+
+    Raises:
+        UserError: a row is longer than a microbatch or than the model reaches, or the warmup is longer than the job.
+    """
+    job, key = run.jobs[job_index], f"jobs[{job_index}].{section}.path"
+    longest = int(dataset.lengths.max())
+    capacity = run.runtime.token_capacity
+    limits = [(spec.max_position_embeddings, "the model's max_position_embeddings is")]
+    if spec.sliding_window is not None:
+        limits.append((spec.sliding_window, "attention over sliding windows is not supported beyond the window's"))
+    for limit, rule in limits:
+        if longest > limit:
+            raise _too_long(dataset, limit, f"{rule} {limit}", "shorten the row or set max_length and truncate", key)
+    multiple = padding_multiple
+    if padded(longest, multiple) > capacity:
+        rule = f"a microbatch holds token_capacity = {capacity} tokens (rows are padded to a multiple of {multiple})"
+        raise _too_long(
+            dataset, capacity // multiple * multiple, rule, "raise runtime.token_capacity or shorten the row", key
+        )
+    notes = []
+    if dataset.rows_without_labels:
+        notes.append(
+            f"{job.name}: {dataset.rows_without_labels} of {len(dataset)} rows of {dataset.path} have no label token "
+            "and train nothing"
+        )
+    if dataset.rows_truncated:
+        notes.append(f"{job.name}: {dataset.rows_truncated} rows of {dataset.path} were cut to max_length")
+    if section == "dataset":
+        job.check_warmup(job.train.num_steps(len(dataset)), key=f"jobs[{job_index}]")
+        if job.train.global_batch_size > len(dataset):
+            notes.append(
+                f"{job.name}: a global batch of {job.train.global_batch_size} takes some of the {len(dataset)} rows "
+                "more than once"
+            )
+    return notes
+
+
+def _check_stages(run: RunConfig, spec: ModelSpec) -> None:
+    layout, chunks = run.model.pipeline_layout, run.model.chunks
+    if layout == "auto" and chunks > spec.num_layers:
+        raise UserError(
+            f"{chunks} pipeline stages (chunks included) for {spec.num_layers} layers",
+            rule="every stage needs a layer",
+            remedy=f"use at most {spec.num_layers}",
+            key="model.pipeline_model_parallel_size",
+        )
+    if layout != "auto" and sum(layout) != spec.num_layers:
+        raise UserError(
+            f"{sum(layout)} layers over all stages",
+            rule=f"the model has {spec.num_layers}",
+            remedy="give numbers that add up to that, or auto",
+            key="model.pipeline_layout",
+        )
+
+
+def _check_job(job: JobConfig, key: str, spec: ModelSpec) -> None:
+    resolve_targets(spec, job.peft.target_modules, key=f"{key}.peft.target_modules")
+    for index, layer in enumerate(job.peft.layers_to_transform or ()):
+        if layer >= spec.num_layers:
+            raise UserError(
+                f"layer {layer}",
+                rule=f"the model has the layers 0 to {spec.num_layers - 1}",
+                remedy="remove it",
+                key=f"{key}.peft.layers_to_transform[{index}]",
+            )
+    if job.max_length is None:
+        return
+    for limit, name in (
+        (spec.max_position_embeddings, "max_position_embeddings"),
+        (spec.sliding_window, "sliding_window"),
+    ):
+        if limit is not None and job.max_length > limit:
+            raise UserError(
+                f"got {job.max_length}",
+                rule=f"the model's {name} is {limit}, and longer samples are not supported",
+                remedy=f"use at most {limit}",
+                key=f"{key}.max_length",
+            )
+
+
+def _check_output(folder: Path) -> None:
+    """Check that ``folder`` is, or can become, a folder that this user may write."""
+    there = folder.absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        reason = "may not be written" if there.is_dir() else "is no folder"
+        raise UserError(
+            f"{there} {reason}", rule="the run is written there", remedy="choose another", key="checkpoint.save"
+        )
+
+
+def _too_long(dataset: JobDataset, limit: int, rule: str, remedy: str, key: str) -> UserError:
+    """The error about the first row of more than ``limit`` tokens."""
+    row = int((dataset.lengths > limit).argmax())
+    place = place_of(dataset.path, row, key=key)
+    return UserError(f"{place} has {dataset.lengths[row]} tokens", rule=rule, remedy=remedy, key=key)
+
+
+def check_datasets(
+    run: RunConfig, spec: ModelSpec, datasets: Mapping[int, JobDataset], *, padding_multiple: int = 1
+) -> list[str]:
+    """`check_dataset` for the training rows of several jobs, by job index."""
+    notes = []
+    for index, dataset in datasets.items():
+        notes += check_dataset(run, spec, index, dataset, padding_multiple=padding_multiple)
+    return notes
