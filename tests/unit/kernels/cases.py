@@ -1,0 +1,197 @@
+"""Random multi-adapter cases and the check that every backend must pass: error against fp32 no more than eager's."""
+
+import random
+from dataclasses import dataclass
+
+import torch
+
+from lorafusion_megatron.kernels import dropout
+from lorafusion_megatron.lora.adapters import ALL_ROWS, LinearAdapter, LinearAdapters
+from lorafusion_megatron.lora.reference import TorchBackend
+from lorafusion_megatron.lora.routing import RoutedSegment, Routing, build_routing
+
+TILE = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Inputs of one linear."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    dy: torch.Tensor
+    adapters: LinearAdapters
+    routing: Routing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a backend made of a case."""
+
+    y: torch.Tensor
+    dx: torch.Tensor
+    grads: tuple[torch.Tensor, ...]
+
+
+def random_keys(num_tokens: int, seed: int, device: str = "cpu") -> torch.Tensor:
+    """Keys of ``num_tokens`` tokens of a few samples of one job."""
+    position = torch.arange(num_tokens) % 97
+    sample = torch.arange(num_tokens) // 97
+    constant = torch.ones(num_tokens, dtype=torch.int64)
+    return dropout.row_keys(constant * seed, constant * 3, sample, position).to(device)
+
+
+def random_segments(rng: random.Random, num_tokens: int, slots: list[int]) -> list[RoutedSegment]:
+    """Segments on tile borders that leave some rows plain and end, at times, at an odd token count."""
+    tiles = -(-num_tokens // TILE)
+    cuts = sorted(rng.sample(range(tiles + 1), min(tiles + 1, len(slots) + 1)))
+    out = []
+    for slot, first, last in zip(rng.sample(slots, len(cuts) - 1), cuts[:-1], cuts[1:], strict=True):
+        if rng.random() < 0.85:
+            out.append(RoutedSegment(slot=slot, start=first * TILE, stop=min(last * TILE, num_tokens)))
+    return out
+
+
+def random_adapter(
+    rng: random.Random, size: tuple[int, int], projections: int, dtype: torch.dtype, device: str, ranks: list[int]
+) -> LinearAdapter:
+    """An adapter whose B keeps to its blocks and whose gradients already hold something."""
+    in_features, out_features = size
+    rank = rng.choice(ranks)
+    own = (ALL_ROWS,) if projections == 1 or rng.random() < 0.3 else tuple(sorted(rng.sample(range(projections), 2)))
+    columns = rank * len(own)
+    return LinearAdapter(
+        a=(torch.randn(columns, in_features) / in_features**0.5).to(device, dtype),
+        b=(torch.randn(out_features, columns) / columns**0.5).to(device, dtype),
+        grad_a=torch.randn(columns, in_features).to(device),
+        grad_b=torch.randn(out_features, columns).to(device),
+        scaling=rng.choice([0.5, 1.7, 2.0, 16.0 / 3.0]),
+        dropout=rng.choice([0.0, 0.1, 0.5]),
+        projections=own,
+        rank=rank,
+    )
+
+
+def random_case(
+    seed: int,
+    *,
+    tokens: int,
+    size: tuple[int, int],
+    slots: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    ranks: list[int] | None = None,
+    projections: int = 1,
+    bias: bool = False,
+    feature_offset: int = 0,
+) -> Case:
+    """One linear with ``slots`` adapters, one of which is missing here, and a random routing over all of them."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    in_features, out_features = size
+    row_projection = None
+    if projections > 1:
+        row_projection = torch.arange(out_features, dtype=torch.int32, device=device) * projections // out_features
+    adapters = LinearAdapters(
+        name="decoder.layers.0.mlp.linear_fc1",
+        module_key=rng.getrandbits(32),
+        in_features=in_features,
+        out_features=out_features,
+        feature_offset=feature_offset,
+        row_projection=row_projection,
+    )
+    names = rng.sample(range(3 * slots), slots)
+    for slot in names[: max(1, slots - 1)]:
+        adapter = random_adapter(rng, size, projections, dtype, device, ranks or [1, 3, 8, 16, 20])
+        mask = adapter.block_mask(row_projection)
+        if mask is not None:
+            adapter.b.mul_(mask)
+        adapters.by_slot[slot] = adapter
+    routing = build_routing(
+        random_segments(rng, tokens, names), num_tokens=tokens, tile=TILE, row_keys=random_keys(tokens, seed, device)
+    )
+    return Case(
+        x=torch.randn(tokens, in_features).to(device, dtype),
+        weight=(torch.randn(out_features, in_features) / in_features**0.5).to(device, dtype),
+        bias=torch.randn(out_features).to(device, dtype) if bias else None,
+        dy=torch.randn(tokens, out_features).to(device, dtype),
+        adapters=adapters,
+        routing=routing,
+    )
+
+
+def as_dtype(case: Case, dtype: torch.dtype) -> Case:
+    """The same numbers in another dtype, with gradient buffers of their own."""
+    by_slot = {
+        slot: LinearAdapter(
+            a=adapter.a.to(dtype),
+            b=adapter.b.to(dtype),
+            grad_a=adapter.grad_a.clone(),
+            grad_b=adapter.grad_b.clone(),
+            scaling=adapter.scaling,
+            dropout=adapter.dropout,
+            projections=adapter.projections,
+            rank=adapter.rank,
+        )
+        for slot, adapter in case.adapters.by_slot.items()
+    }
+    old = case.adapters
+    adapters = LinearAdapters(
+        name=old.name,
+        module_key=old.module_key,
+        in_features=old.in_features,
+        out_features=old.out_features,
+        feature_offset=old.feature_offset,
+        row_projection=old.row_projection,
+        by_slot=by_slot,
+    )
+    bias = None if case.bias is None else case.bias.to(dtype)
+    return Case(
+        x=case.x.to(dtype),
+        weight=case.weight.to(dtype),
+        bias=bias,
+        dy=case.dy.to(dtype),
+        adapters=adapters,
+        routing=case.routing,
+    )
+
+
+def run(backend, case: Case) -> Result:
+    """Forward and backward; gradients are what was added."""
+    before = [(a.grad_a.clone(), a.grad_b.clone()) for a in case.adapters.by_slot.values()]
+    y, s = backend.forward(case.x, case.weight, case.bias, case.adapters, case.routing)
+    dx = backend.backward(case.dy, case.x, case.weight, s, case.adapters, case.routing, needs_dx=True)
+    grads = []
+    for adapter, (a, b) in zip(case.adapters.by_slot.values(), before, strict=True):
+        grads += [adapter.grad_a - a, adapter.grad_b - b]
+    return Result(y=y, dx=dx, grads=tuple(grads))
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    """``|got - want| / |want|``; NaN and infinities count as infinitely wrong."""
+    got, want = got.double(), want.double()
+    if not torch.isfinite(got).all():
+        return float("inf")
+    return ((got - want).norm() / want.norm().clamp_min(1e-30)).item()
+
+
+def worst_ratio(backend, case: Case) -> float:
+    """The largest error against fp64 over that of the PyTorch backend in the same dtype.
+
+    Note: errors below a floor that any order of summation reaches (2e-6 in fp32) count as equal to it.
+    """
+    exact = run(TorchBackend(), as_dtype(case, torch.float64))
+    eager = run(TorchBackend(), as_dtype(case, case.x.dtype))
+    got = run(backend, case)
+    floor = {torch.float32: 2e-6, torch.bfloat16: 1e-3, torch.float16: 1e-4}[case.x.dtype]
+    ratios = []
+    for name in ("y", "dx"):
+        want = getattr(exact, name)
+        ratios.append(relative(getattr(got, name), want) / max(floor, relative(getattr(eager, name), want)))
+    for mine, theirs, want in zip(got.grads, eager.grads, exact.grads, strict=True):
+        if not want.any():
+            assert not mine.any(), "gradient of an adapter that has no rows"
+            continue
+        ratios.append(relative(mine, want) / max(floor, relative(theirs, want)))
+    return max(ratios)
