@@ -110,13 +110,8 @@ def write_adapter(
     try:
         temporary.chmod(0o755)
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        host = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
-        # Equal A factors of a shared target may be one tensor, which safetensors refuses to write twice.
-        seen: set[int] = set()
-        for key, tensor in host.items():
-            if tensor.data_ptr() in seen:
-                host[key] = tensor.clone()
-            seen.add(tensor.data_ptr())
+        # Copies, since the tensors may be views of one flat buffer or, for a shared A, one tensor.
+        host = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
         save_file(host, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         (temporary / WEIGHTS_FILE).chmod(0o644)
         for name in (CONFIG_FILE, WEIGHTS_FILE):

@@ -6,11 +6,10 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
-from safetensors import safe_open
 
 from lorafusion_megatron.errors import UserError
 from lorafusion_megatron.models.adapter import read_adapter
@@ -20,7 +19,8 @@ from lorafusion_megatron.models.files import flush, prepare_output
 
 # Configuration, tokenizer and licence; weights in other formats would be those of the base.
 _COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
-_BLOCK_BYTES = 64 << 20
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_BLOCK_BYTES = 16 << 20
 """fp32 bytes of the rows that are merged at a time, and bytes that are copied at a time."""
 
 
@@ -29,6 +29,8 @@ class _Stored:
     """Where one tensor's bytes stand in a safetensors file."""
 
     name: str
+    dtype: str
+    shape: tuple[int, ...]
     start: int
     stop: int
 
@@ -61,9 +63,9 @@ def merge_adapter(
             output exists, or a merged weight is too large for its dtype.
 
     Note:
-        Holds the adapter and 64 MiB of one weight (twice: fp32 and cast) in memory, whatever the model's size: the
-        header of a safetensors file holds for the merged file too, since names, shapes and dtypes stay. The output
-        appears by one rename once all of it is on the disk.
+        Holds the adapter and some 16 MiB of one weight in memory, whatever the model's size: the header of a
+        safetensors file serves for the merged file too, since names, shapes and dtypes stay, so that rows go from
+        file to file. The output appears by one rename once all of it is on the disk.
     """
     spec = read_model_spec(base, key="--base")
     check_base_weights(base, spec, key="--base")
@@ -109,19 +111,17 @@ def _copy_companions(base: Path, target: Path) -> None:
 
 def _merge_file(source: Path, target: Path, deltas: Mapping[str, _Delta]) -> Iterator[int]:
     """Write one merged file; yields the bytes of each part once it is written."""
-    with source.open("rb") as read, target.open("xb") as write, safe_open(source, framework="pt") as opened:
+    with source.open("rb") as read, target.open("xb") as write:
         header, stored = _layout(read)
         write.write(header)
         yield len(header)
         for tensor in stored:
             delta = deltas.get(tensor.name)
             if delta is None:
-                _copy(read, write, tensor)
+                for chunk in _chunks(read, tensor, _BLOCK_BYTES):
+                    write.write(chunk)
             else:
-                weight = opened.get_slice(tensor.name)
-                rows = max(1, _BLOCK_BYTES // (4 * delta.a.shape[1]))
-                for start in range(0, delta.b.shape[0], rows):
-                    block = _merged(weight[start : start + rows], delta, start)
+                for block in _merged(read, tensor, delta):
                     if not torch.isfinite(block).all():
                         raise UserError(
                             f"{source}: {tensor.name} with the adapter is not finite in {block.dtype}",
@@ -129,37 +129,49 @@ def _merge_file(source: Path, target: Path, deltas: Mapping[str, _Delta]) -> Ite
                             remedy="check the base weights, or merge into a base in bfloat16 or float32",
                             key="--base",
                         )
-                    write.write(memoryview(block.view(torch.uint8).numpy()).cast("B"))
+                    write.write(block.view(torch.uint8).numpy().data)
             yield tensor.stop - tensor.start
         write.flush()
         os.fsync(write.fileno())
 
 
-def _merged(weight: torch.Tensor, delta: _Delta, start: int) -> torch.Tensor:
-    """Rows of W + scaling * B A, computed in fp32 and cast once."""
-    b = delta.b[start : start + weight.shape[0]]
-    return torch.addmm(weight.float(), b, delta.a, alpha=delta.scaling).to(weight.dtype).contiguous()
+def _merged(read: BufferedReader, tensor: _Stored, delta: _Delta) -> Iterator[torch.Tensor]:
+    """Blocks of rows of W + scaling * B A, computed in fp32 and cast once."""
+    columns, dtype = tensor.shape[1], _DTYPES[tensor.dtype]
+    rows, row = max(1, _BLOCK_BYTES // (4 * columns)), 0
+    for chunk in _chunks(read, tensor, rows * columns * dtype.itemsize):
+        weight = torch.frombuffer(chunk, dtype=dtype).view(-1, columns)
+        b = delta.b[row : row + weight.shape[0]]
+        yield weight.float().addmm_(b, delta.a, alpha=delta.scaling).to(dtype)
+        row += weight.shape[0]
 
 
-def _layout(file: BinaryIO) -> tuple[bytes, list[_Stored]]:
-    """The header of a safetensors file that `safe_open` accepted, and its tensors in the order of their bytes."""
+def _layout(file: BufferedReader) -> tuple[bytes, list[_Stored]]:
+    """The header of a checked safetensors file, and its tensors in the order of their bytes."""
     prefix = file.read(8)
     header = file.read(int.from_bytes(prefix, "little"))
     begin = len(prefix) + len(header)
     stored = [
-        _Stored(name=name, start=begin + entry["data_offsets"][0], stop=begin + entry["data_offsets"][1])
+        _Stored(
+            name=name,
+            dtype=entry["dtype"],
+            shape=tuple(entry["shape"]),
+            start=begin + entry["data_offsets"][0],
+            stop=begin + entry["data_offsets"][1],
+        )
         for name, entry in json.loads(header).items()
         if name != "__metadata__"
     ]
     return prefix + header, sorted(stored, key=lambda tensor: tensor.start)
 
 
-def _copy(read: BinaryIO, write: BinaryIO, tensor: _Stored) -> None:
+def _chunks(read: BufferedReader, tensor: _Stored, size: int) -> Iterator[bytearray]:
+    """The bytes of a tensor, ``size`` at a time."""
     read.seek(tensor.start)
     left = tensor.stop - tensor.start
     while left:
-        chunk = read.read(min(left, _BLOCK_BYTES))
-        if not chunk:
+        chunk = bytearray(min(left, size))
+        if read.readinto(chunk) != len(chunk):
             raise OSError(f"{read.name} became shorter while it was read")
-        write.write(chunk)
+        yield chunk
         left -= len(chunk)

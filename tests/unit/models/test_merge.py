@@ -1,0 +1,198 @@
+"""Merged models against PEFT, and the files around the weights."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lorafusion_megatron.errors import UserError
+from lorafusion_megatron.models import merge as module
+from lorafusion_megatron.models.adapter import write_adapter
+from lorafusion_megatron.models.config import read_model_spec
+from lorafusion_megatron.models.merge import merge_adapter
+from lorafusion_megatron.types import AdapterSpec
+from tests.unit.models.conftest import FAMILIES, SaveModel, biases
+from tests.unit.models.test_peft_adapter import ALL, random_tensors
+
+SPEC = AdapterSpec(name="job", rank=4, alpha=0.3, target_modules=ALL, seed=3)
+
+
+def save_adapter(folder: Path, base: Path, spec: AdapterSpec = SPEC) -> dict[str, torch.Tensor]:
+    tensors = random_tensors(read_model_spec(base), spec)
+    write_adapter(folder, spec, base, tensors)
+    return tensors
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.arange(3, 35)[None]).logits.float()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_model_loads_in_transformers_with_the_logits_of_peft(
+    save_model: SaveModel, tmp_path: Path, family: str, tied: bool
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = save_model(family, tie_word_embeddings=tied, **biases(family))
+    save_adapter(tmp_path / "adapter", base)
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")
+    merged, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(info.values()), info
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) is tied
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    before = logits(plain)
+    expected = logits(PeftModel.from_pretrained(plain, tmp_path / "adapter"))
+    error, moved = (logits(merged) - expected).abs().max(), (before - expected).abs().max()
+    assert error < 1e-5 * moved, (error, moved)
+
+
+def test_weights_are_computed_in_fp32_and_cast_once(save_model: SaveModel, tmp_path: Path) -> None:
+    base = save_model("llama", dtype=torch.bfloat16, max_shard_size="30KB")
+    spec = replace(SPEC, use_rslora=True, target_modules=("q_proj", "down_proj"))
+    tensors = save_adapter(tmp_path / "adapter", base, spec)
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")
+    names = sorted(file.name for file in base.glob("*.safetensors"))
+    assert len(names) > 3
+    assert sorted(file.name for file in (tmp_path / "merged").glob("*.safetensors")) == names
+    for name in names:
+        old, new = load_file(base / name), load_file(tmp_path / "merged" / name)
+        assert old.keys() == new.keys()
+        for key, weight in old.items():
+            a = tensors.get(f"base_model.model.{key.removesuffix('.weight')}.lora_A.weight")
+            expected = weight
+            if a is not None:
+                b = tensors[f"base_model.model.{key.removesuffix('.weight')}.lora_B.weight"]
+                expected = (weight.double() + 0.3 / 2 * (b.double() @ a.double())).to(torch.bfloat16)
+            # fp64 and fp32 may round a tie to different neighbours: at most one unit in the last place, rarely.
+            assert new[key].dtype == torch.bfloat16
+            different = new[key] != expected
+            assert different.float().mean() < 1e-3, key
+            assert torch.allclose(new[key].float(), expected.float(), rtol=2**-7, atol=0), key
+            if a is None:
+                assert torch.equal(new[key], weight)
+
+
+def test_blocks_of_rows_give_the_same_weights(
+    save_model: SaveModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_model("qwen2")
+    save_adapter(tmp_path / "adapter", base)
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "whole")
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 1000)
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "blocks")
+    whole, blocks = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "blocks"))
+    for key in whole:
+        torch.testing.assert_close(blocks[key], whole[key], rtol=1e-6, atol=1e-6)
+
+
+def test_files_beside_the_weights_are_copied(save_model: SaveModel, tmp_path: Path) -> None:
+    base = save_model("llama", max_shard_size="60KB")
+    for name in ("tokenizer.json", "chat_template.jinja", "tokenizer.model", "LICENSE", "pytorch_model.bin", "x.py"):
+        (base / name).write_text(name)
+    (base / "original").mkdir()
+    save_adapter(tmp_path / "adapter", base)
+    seen: list[tuple[int, int]] = []
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", progress=lambda *step: seen.append(step))
+    left_out = {"pytorch_model.bin", "x.py", "original"}
+    names = {file.name for file in base.iterdir()} - left_out
+    assert {file.name for file in (tmp_path / "merged").iterdir()} == names
+    for name in names:
+        if not name.endswith(".safetensors"):
+            assert (tmp_path / "merged" / name).read_bytes() == (base / name).read_bytes()
+    size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    assert seen[-1] == (size, size)
+    assert [written for written, _ in seen] == sorted({written for written, _ in seen})
+
+
+PEAK = """
+import sys, torch
+from lorafusion_megatron.models.merge import merge_adapter
+torch.set_num_threads(1)
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+torch.ones(64, 64) @ torch.ones(64, 64)
+open("/proc/self/clear_refs", "w").write("5")
+before = peak()
+merge_adapter(*sys.argv[1:4])
+print(peak() - before)
+"""
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    base, hidden, rows = tmp_path / "base", 1024, 30_000
+    base.mkdir()
+    config = {
+        "model_type": "llama", "vocab_size": 8, "hidden_size": hidden, "intermediate_size": rows,
+        "num_hidden_layers": 2, "num_attention_heads": 1, "head_dim": 2, "tie_word_embeddings": True,
+    }  # fmt: skip
+    (base / "config.json").write_text(json.dumps(config))
+    shapes = {"model.embed_tokens.weight": (8, hidden), "model.norm.weight": (hidden,)}
+    for i in range(2):
+        path = f"model.layers.{i}"
+        shapes |= {f"{path}.self_attn.{n}_proj.weight": (2, hidden) for n in "qkv"}
+        shapes |= {f"{path}.self_attn.o_proj.weight": (hidden, 2), f"{path}.mlp.down_proj.weight": (hidden, rows)}
+        shapes |= {f"{path}.mlp.{n}_proj.weight": (rows, hidden) for n in ("gate", "up")}
+        shapes |= {f"{path}.{n}_layernorm.weight": (hidden,) for n in ("input", "post_attention")}
+    weights = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    save_file(weights, base / "model.safetensors")
+    assert (base / "model.safetensors").stat().st_size > 360e6
+    save_adapter(tmp_path / "adapter", base, replace(SPEC, target_modules=("gate_proj", "down_proj")))
+    arguments = [str(base), str(tmp_path / "adapter"), str(tmp_path / "merged")]
+    done = subprocess.run([sys.executable, "-c", PEAK, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    # 16 MiB of rows in fp32, their cast, the rows of the file and PyTorch's own start-up; the weights are 370 MB.
+    assert int(done.stdout) * 1024 < 120e6, done.stdout
+    with safe_open(tmp_path / "merged" / "model.safetensors", framework="pt") as merged:
+        assert set(merged.keys()) == shapes.keys()
+
+
+@pytest.mark.parametrize(
+    ("prepare", "words"),
+    [
+        (lambda p: (p / "merged").mkdir() or (p / "merged" / "x").touch(), "--output: "),
+        (lambda p: (p / "merged").touch(), "--output: "),
+        (lambda p: (p / "base" / "config.json").unlink(), "--base: "),
+        (lambda p: (p / "base" / "model.safetensors").write_bytes(b""), "--base: "),
+        (lambda p: (p / "adapter" / "adapter_config.json").unlink(), "--adapter: "),
+    ],
+)
+def test_wrong_input_is_an_error_and_writes_nothing(
+    save_model: SaveModel, tmp_path: Path, prepare: Callable[[Path], object], words: str
+) -> None:
+    base = save_model("llama")
+    save_adapter(tmp_path / "adapter", base)
+    prepare(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError) as caught:
+        merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")
+    assert str(caught.value).startswith(words)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_too_little_space_is_an_error(save_model: SaveModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = save_model("llama")
+    save_adapter(tmp_path / "adapter", base)
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    with pytest.raises(UserError, match=r"--output: .* has 0.0 GiB left"):
+        merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_a_weight_that_overflows_its_dtype_is_an_error_and_leaves_nothing(
+    save_model: SaveModel, tmp_path: Path
+) -> None:
+    base = save_model("llama", dtype=torch.float16)
+    save_adapter(tmp_path / "adapter", base, replace(SPEC, alpha=1e6))
+    with pytest.raises(UserError, match=r"layers\.0\..*\.weight with the adapter is not finite in torch\.float16"):
+        merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
