@@ -150,8 +150,10 @@ def _scalar(hint: type, raw: object, key: str) -> object:
     if hint is str and isinstance(raw, str):
         return raw
     if hint in (int, float) and isinstance(raw, int | float) and not isinstance(raw, bool):
-        if not math.isfinite(raw) if isinstance(raw, float) else abs(raw) > 1 << 64:
+        if isinstance(raw, float) and not math.isfinite(raw):
             raise _wrong(raw, "a finite number", key)
+        if abs(raw) > 1 << 64:
+            raise _wrong(raw, "within 64 bits", key)
         if hint is float:
             return float(raw)
         if int(raw) == raw:

@@ -36,7 +36,7 @@ def load_run(path: Path | str, overrides: Sequence[str] = ()) -> RunConfig:
             f"the run file cannot be read ({reason})",
             rule="it must be a YAML file",
             remedy="check the path",
-            key=show(str(path)),
+            key=str(path),
         ) from None
     raw = parse_yaml(text, source=str(path))
     if not isinstance(raw, dict):

@@ -47,7 +47,7 @@ def in_range(
         return
     ok_low = value > low if above else value >= low
     ok_high = value < high if below else value <= high
-    rule = f"must be {'above' if above else 'at least'} {low:g}"
+    rule = f"must be {'above' if above else 'at least'} {low}"
     if high != math.inf:
-        rule += f" and {'below' if below else 'at most'} {high:g}"
+        rule += f" and {'below' if below else 'at most'} {high}"
     require(ok_low and ok_high, key=key, given=f"got {show(value)}", rule=rule, remedy=remedy or "give such a number")

@@ -69,7 +69,7 @@ def parse_yaml(text: str, *, source: str) -> object:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        given = f"{error.problem or error.context or 'not YAML'}{where}"
+        given = " ".join(part for part in (error.context, error.problem) if part) + where
         rule = "each key may come once" if "comes twice" in given else "must be valid, plain YAML"
         raise UserError(given, rule=rule, remedy="mend that line", key=source) from None
     except yaml.YAMLError as error:

@@ -48,6 +48,7 @@ class ChatTemplate:
         text: the Jinja text.
         special_tokens: ``bos_token`` and the like, which templates write.
         key: the YAML key of the data file, for messages.
+        template_key: the YAML key of the template, for messages.
 
     Raises:
         UserError: the text is not a template.
@@ -58,7 +59,7 @@ class ChatTemplate:
         that rewrite earlier turns (Qwen3 drops their thinking) are refused for such rows.
     """
 
-    def __init__(self, text: str, special_tokens: dict[str, str], *, key: str) -> None:
+    def __init__(self, text: str, special_tokens: dict[str, str], *, key: str, template_key: str) -> None:
         self._special_tokens, self._key = special_tokens, key
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
@@ -72,7 +73,7 @@ class ChatTemplate:
             self._template = environment.from_string(text)
         except jinja2.TemplateError as error:
             raise UserError(
-                f"the chat template is no template ({error})", rule="it is Jinja", remedy="mend it", key=key
+                f"the chat template is no template ({error})", rule="it is Jinja", remedy="mend it", key=template_key
             ) from None
 
     def render(

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
 from lorafusion_megatron.data.chat import ChatTemplate, Message
+from lorafusion_megatron.data.source import DataSource
 from lorafusion_megatron.data.tokenizer import TextTokenizer, read_chat_template
 from lorafusion_megatron.errors import UserError
 
@@ -57,10 +57,7 @@ class RowTokenizer:
     """Turns the rows of one file into token ids and labels; the model's tokenizer is loaded at the first text.
 
     Args:
-        model: Hugging Face model folder.
-        chat_template: Jinja text or file; None: the model's.
-        trust_remote_code: whether a tokenizer's own Python code may run.
-        key: the YAML key of the file, for messages.
+        source: the file, the model folder and the keys that named them.
 
     Note: a prompt and its completion are tokenized apart, because that is how they meet at inference: no token
         reaches over the border. A conversation is tokenized as one text, as its template has it; a token counts as
@@ -68,8 +65,8 @@ class RowTokenizer:
         the model has one, never to messages (their template writes it) nor to tokenized rows.
     """
 
-    def __init__(self, model: Path, chat_template: str | None, trust_remote_code: bool, key: str) -> None:
-        self._model, self._chat_template, self._trust, self._key = model, chat_template, trust_remote_code, key
+    def __init__(self, source: DataSource) -> None:
+        self._source, self._key = source, source.key
         self._kind = ""
         self._first = ""
         self._by_kind: dict[str, Callable[[dict[str, object], str], Tokens]] = {
@@ -104,12 +101,13 @@ class RowTokenizer:
 
     @cached_property
     def _tokenizer(self) -> TextTokenizer:
-        return TextTokenizer(self._model, trust_remote_code=self._trust, key=self._key)
+        return TextTokenizer(self._source.model, trust_remote_code=self._source.trust_remote_code, key=self._key)
 
     @cached_property
     def _template(self) -> ChatTemplate:
-        text = read_chat_template(self._model, self._chat_template, self._tokenizer.config, key=self._key)
-        return ChatTemplate(text, self._tokenizer.special_tokens, key=self._key)
+        source, tokenizer = self._source, self._tokenizer
+        text = read_chat_template(source.model, source.chat_template, tokenizer.config, key=source.chat_template_key)
+        return ChatTemplate(text, tokenizer.special_tokens, key=self._key, template_key=source.chat_template_key)
 
     def _tokenized(self, row: dict[str, object], place: str) -> Tokens:
         prompt, completion = (self._ids(row, field, place) for field in KINDS["tokenized"])

@@ -44,6 +44,7 @@ def _check_config(folder: Path, adapter: AdapterSpec, spec: ModelSpec, key: str)
         "lora_alpha": adapter.alpha,
         "use_rslora": adapter.use_rslora,
         "target_modules": sorted(names),
+        "layers_to_transform": None if adapter.layers_to_transform is None else list(adapter.layers_to_transform),
     }
     targets = config.get("target_modules")
     found = config | {

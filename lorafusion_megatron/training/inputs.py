@@ -55,6 +55,7 @@ def _load(run: RunConfig, job_index: int, path: Path, section: str, vocab_size: 
             max_length_key=f"{key}.max_length",
             truncate=job.dataset.truncate,
             chat_template=job.dataset.chat_template,
+            chat_template_key=f"{key}.dataset.chat_template",
             trust_remote_code=run.base_model.trust_remote_code,
         )
     )
