@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .masks import keep_tile, load_keys
+from .masks import keep_signs, keep_where, load_keys
 from .tables import FACTOR_A, FIELDS, THRESHOLD, slot_columns, slot_pointer
 
 
@@ -64,5 +64,5 @@ def drop_tile(
     at = table + slots.to(tl.int64) * FIELDS + THRESHOLD
     thresholds = tl.load(at, mask=known, other=0).to(tl.uint32)
     key0, key1 = load_keys(keys, rows, valid)
-    keep = keep_tile(key0, key1, thresholds, module_key, feature_offset + first_col, BM, BN)
-    return tl.where(keep, acc, 0.0)
+    signs = keep_signs(key0, key1, thresholds, module_key, feature_offset + first_col, BM, BN)
+    return keep_where(signs, acc)

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .masks import keep_tile, load_keys
+from .masks import keep_signs, keep_where, load_keys
 from .tables import FACTOR_A, FIELDS, THRESHOLD, slot_columns, slot_pointer, slot_scale
 
 
@@ -50,8 +50,8 @@ def _down_kernel(
             at = factor + feature.to(tl.int64)[:, None] * columns + column[None, :]
             f = tl.load(at, mask=real[None, :] & inside[:, None], other=0.0)
         if DROP:
-            keep = keep_tile(key0, key1, thresholds, module_key, feature_offset + k, TILE, BK)
-            z = tl.where(keep, z, 0.0)
+            signs = keep_signs(key0, key1, thresholds, module_key, feature_offset + k, TILE, BK)
+            z = keep_where(signs, z)
         acc = tl.dot(z, f, acc, input_precision=PRECISION)
     store_mask = valid[:, None] & (column < out_stride)[None, :]
     at = rows.to(tl.int64)[:, None] * out_stride + column[None, :]
@@ -88,6 +88,7 @@ def down(
     align: int,
     block_k: int = 128,
     num_stages: int = 4,
+    num_warps: int = 4,
 ) -> torch.Tensor:
     """``S = scale * drop(z) Fᵀ`` with each tile's own factor.
 
@@ -118,6 +119,6 @@ def down(
         z, z.stride(0), out, width, partial, counters, table, tile_slots, keys,
         tokens, features, table.shape[0], module_key, feature_offset,
         FACTOR=factor, DROP=drop, TILE=tile, BK=bk, RB=rb, SPLITS=splits, EVEN=features % bk == 0,
-        ALIGN=align, PRECISION="ieee", num_warps=4, num_stages=num_stages,
+        ALIGN=align, PRECISION="ieee", num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return out

@@ -5,12 +5,14 @@ A token's row has a 64-bit key hashed from (job seed, optimizer step, sample, to
     x = key0 + module_key + (feature // 2) * GOLDEN            (mod 2^32)
     x = (x ^ x >> 16) * M1 ^ key1;  x = (x ^ x >> 15) * M2;  x = x ^ x >> 16
 
-and serves two features with 16 bits each: feature f is kept if its half is >= round(p * 65536).
+and serves two features, the even one with bits 0 to 14, the odd one with bits 16 to 30: a feature is kept if its
+15 bits are >= round(p * 32768).
 
 Note: two multiplications for two elements, where Philox takes about twenty for four; drawing the mask must not
 cost more than the pass over X that it rides on. The second key, mixed in half way, keeps rows whose first keys lie
 near each other from being shifted copies of one sequence. Kept values are scaled by the inverse of the
-probability that the threshold really gives, so the expectation is exact for every p.
+probability that the threshold really gives, so the expectation is exact for every p. With 15 bits of a half one
+addition to the whole word compares both: a half's top bit then says "keep".
 """
 
 import torch
@@ -18,7 +20,8 @@ import torch
 MASK32 = 0xFFFFFFFF
 GOLDEN = 0x9E3779B9
 M1, M2 = 0x7FEB352D, 0x846CA68B
-HALF = 1 << 16
+LEVELS = 1 << 15
+"""Resolution of drop probabilities."""
 
 
 def _mix(x: torch.Tensor, salt: torch.Tensor | int = 0) -> torch.Tensor:
@@ -50,13 +53,13 @@ def row_keys(seed: torch.Tensor, step: torch.Tensor, sample: torch.Tensor, posit
 
 
 def threshold(p: float) -> int:
-    """The smallest 16-bit value that is kept under drop probability ``p``."""
-    return min(HALF - 1, round(p * HALF))
+    """The smallest 15-bit value that is kept under drop probability ``p``."""
+    return min(LEVELS - 1, round(p * LEVELS))
 
 
 def keep_scale(p: float) -> float:
     """Factor of kept values: one over the probability to be kept."""
-    return HALF / (HALF - threshold(p))
+    return LEVELS / (LEVELS - threshold(p))
 
 
 def keep_mask(
@@ -81,5 +84,5 @@ def keep_mask(
     index = torch.arange(words, device=keys.device, dtype=torch.int64) + feature_offset // 2
     start = (wide[:, :1] + module_key + index * GOLDEN) & MASK32
     word = _mix(start, wide[:, 1:])
-    halves = torch.stack((word & (HALF - 1), word >> 16), dim=-1).reshape(keys.shape[0], 2 * words)
+    halves = torch.stack((word & (LEVELS - 1), (word >> 16) & (LEVELS - 1)), dim=-1).reshape(keys.shape[0], 2 * words)
     return halves[:, :num_features] >= threshold(p)

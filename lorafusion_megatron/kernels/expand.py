@@ -29,7 +29,19 @@ def _expand_kernel(
     )  # fmt: skip
     if DROP:
         acc = drop_tile(
-            acc, table, tile_slots, keys, tile * TILE, col, tokens, num_slots, module_key, feature_offset, TILE, TILE, BN
+            acc,
+            table,
+            tile_slots,
+            keys,
+            tile * TILE,
+            col,
+            tokens,
+            num_slots,
+            module_key,
+            feature_offset,
+            TILE,
+            TILE,
+            BN,
         )
     rows, feature = tile * TILE + tl.arange(0, TILE), col + tl.arange(0, BN)
     mask = (rows < tokens)[:, None] & (feature < width)[None, :]

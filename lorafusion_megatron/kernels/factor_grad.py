@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .masks import keep_tile, load_keys
+from .masks import keep_signs, keep_where, load_keys
 from .tables import (
     CHUNK_FIELDS,
     FIELDS,
@@ -86,8 +86,8 @@ def _factor_grad_kernel(
         q = tl.load(q_at, mask=valid[:, None] & real[None, :], other=0.0)
         if DROP:
             key0, key1 = load_keys(keys, rows, valid)
-            keep = keep_tile(key0, key1, thresholds, module_key, feature_offset + strip * BN, BT, BN)
-            z = tl.where(keep, z, 0.0)
+            signs = keep_signs(key0, key1, thresholds, module_key, feature_offset + strip * BN, BT, BN)
+            z = keep_where(signs, z)
         acc = tl.dot(tl.trans(z), q, acc, input_precision=PRECISION)
     counter_at = ((chunk - part) * tl.num_programs(0) + strip) * tl.num_programs(2) + block
     add_gradient(
@@ -114,6 +114,7 @@ def factor_grad(
     block_n: int = 128,
     block_t: int = 64,
     num_stages: int = 4,
+    num_warps: int = 4,
 ) -> None:
     """``G += drop(z)ᵀ q`` per adapter, added to its fp32 gradient in place.
 
@@ -141,5 +142,5 @@ def factor_grad(
         z, z.stride(0), q, width, partial, counters, table, chunks, keys, row_projection,
         features, table.shape[0], module_key, feature_offset,
         GRAD=grad, DROP=drop, PROJECTED=row_projection is not None, EVEN=features % bn == 0,
-        BT=bt, BN=bn, RB=rb, ALIGN=align, PRECISION="ieee", num_warps=4, num_stages=num_stages,
+        BT=bt, BN=bn, RB=rb, ALIGN=align, PRECISION="ieee", num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip

@@ -1,11 +1,14 @@
 """The dropout mask of `dropout.keep_mask`, drawn inside a kernel."""
 
+import torch
 import triton
 import triton.language as tl
 
 _GOLDEN = tl.constexpr(0x9E3779B9)
 _M1 = tl.constexpr(0x7FEB352D)
 _M2 = tl.constexpr(0x846CA68B)
+_PACKED = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
+"""Whether NVIDIA's instructions are to be had: not on AMD and not in the interpreter."""
 
 
 @triton.jit
@@ -18,23 +21,40 @@ def load_keys(keys, rows, valid):
 
 
 @triton.jit
-def keep_tile(key0, key1, thresholds, module_key, first_feature, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Which elements of a tile are kept: int1 ``[ROWS, COLS]``.
+def keep_signs(key0, key1, thresholds, module_key, first_feature, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """int32 ``[ROWS, COLS]``: negative where an element is kept.
 
     Args:
         key0, key1: uint32 ``[ROWS]``.
-        thresholds: uint32 ``[ROWS]``: 16-bit thresholds.
+        thresholds: uint32 ``[ROWS]``: 15-bit thresholds.
         module_key: int32, the bits of the module's key.
         first_feature: global index of the tile's first feature; even.
 
-    Note: two multiplications and about nine other integer operations for two elements; the high half is compared
-    in place, the low half shifted up, so that both compare against the same shifted threshold.
+    Note: two multiplications and nine other integer operations for two elements.
     """
     index = (first_feature // 2 + tl.arange(0, COLS // 2)).to(tl.uint32)
     word = key0[:, None] + (index * _GOLDEN + module_key.to(tl.uint32, bitcast=True))[None, :]
     word = ((word ^ (word >> 16)) * _M1) ^ key1[:, None]
     word = (word ^ (word >> 15)) * _M2
-    word = word ^ (word >> 16)
-    bound = (thresholds << 16)[:, None]
-    # word >= threshold << 16 compares the high half: its low bits cannot turn an unequal high half round.
-    return tl.join((word << 16) >= bound, word >= bound).reshape(ROWS, COLS)
+    word = (word ^ (word >> 16)) & 0x7FFF7FFF
+    word += ((0x8000 - thresholds) * 0x10001)[:, None]
+    return tl.join(word << 16, word).to(tl.int32, bitcast=True).reshape(ROWS, COLS)
+
+
+@triton.jit
+def keep_where(signs, z):
+    """``z`` where ``signs`` is negative, else 0.
+
+    Note: 16-bit types go two to a register: a byte permutation spreads both sign bits and one AND masks both; a
+    select per element takes twice as many instructions, and the passes over X are bound by these.
+    """
+    if _PACKED and z.dtype.primitive_bitwidth == 16:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 m; prmt.b32 m, $2, $3, 0xFFBB; and.b32 $0, $1, m; }",
+            "=r,r,r,r",
+            [z, signs],
+            dtype=z.dtype,
+            is_pure=True,
+            pack=2,
+        )
+    return tl.where(signs < 0, z, 0.0)

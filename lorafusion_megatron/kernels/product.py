@@ -24,8 +24,8 @@ class ProductConfig:
     block_k: int = 64
     stages: int = 3
     warps: int = 8
-    specialize: bool = False
-    """Whether loads get warps of their own."""
+    group: int = 8
+    """Row blocks that run side by side, so that a block of columns is read from memory once for all of them."""
     halves: bool = True
     """Whether the output tile is stored in two halves, which takes half the shared memory."""
 
@@ -36,12 +36,12 @@ def _product_kernel(
     tokens, width, inner, num_slots, module_key, feature_offset,
     FACTOR: tl.constexpr, W_BY_OUTPUT: tl.constexpr, DROP: tl.constexpr, BIAS: tl.constexpr, TILE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KC: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr, ALIGN: tl.constexpr, SPECIALIZE: tl.constexpr, HALVES: tl.constexpr,
+    PROGRAMS: tl.constexpr, ALIGN: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """Output tiles PROGRAMS apart, in groups of GROUP row blocks so that both operands stay in the cache."""
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     row_blocks, col_blocks = tl.cdiv(tokens, BM), tl.cdiv(width, BN)
-    for t in tl.range(tl.program_id(0), row_blocks * col_blocks, PROGRAMS, flatten=False, warp_specialize=SPECIALIZE):
+    for t in tl.range(tl.program_id(0), row_blocks * col_blocks, PROGRAMS, flatten=False):
         first = t // (GROUP * col_blocks) * GROUP
         size = min(row_blocks - first, GROUP)
         row = (first + (t % (GROUP * col_blocks)) % size) * BM
@@ -117,8 +117,8 @@ def product(
         z_desc, w_desc, y_desc, bias, q, q.shape[1], table, tile_slots, keys,
         tokens, width, inner, table.shape[0], module_key, feature_offset,
         FACTOR=factor, W_BY_OUTPUT=forward, DROP=drop, BIAS=bias is not None, TILE=tile,
-        BM=bm, BN=bn, BK=bk, KC=min(triton.next_power_of_2(q.shape[1]), 64), GROUP=8,
-        PROGRAMS=programs, ALIGN=align, SPECIALIZE=config.specialize, HALVES=config.halves,
+        BM=bm, BN=bn, BK=bk, KC=min(triton.next_power_of_2(q.shape[1]), 64), GROUP=config.group,
+        PROGRAMS=programs, ALIGN=align, HALVES=config.halves,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return y

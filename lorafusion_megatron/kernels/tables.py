@@ -43,7 +43,7 @@ class SlotRow:
     grad_b: torch.Tensor
     columns: int
     threshold: int
-    """16-bit threshold of `dropout.threshold`; 0 keeps everything."""
+    """15-bit threshold of `dropout.threshold`; 0 keeps everything."""
     scale: float
     """Scaling times the dropout's keep scale: the one factor of S and of dS."""
     rank: int

@@ -1,6 +1,5 @@
 """The Triton backend: the fused kernels over any number of adapters, each launch serving all of a microbatch's."""
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +53,7 @@ class TritonBackend:
     Args:
         device: where the linears live.
         strategy: ``auto``; ``fused`` (adapter's part inside the product) or ``expand`` (cuBLAS, then added in place).
-        interpret: run under Triton's interpreter on the CPU (tests).
+        interpret: run on the CPU; TRITON_INTERPRET=1 must have been set before the kernels were imported.
 
     Note: never synchronises with the host; capturable in a CUDA graph after one call outside it, which builds the
     tables and the counters. Saves S in x's dtype and nothing else of the size of the tokens.
@@ -63,13 +62,13 @@ class TritonBackend:
     name = "triton"
     tile = TILE
 
-    def __init__(self, device: torch.device | str = "cuda", *, strategy: str = "auto") -> None:
+    def __init__(self, device: torch.device | str = "cuda", *, strategy: str = "auto", interpret: bool = False) -> None:
         self.device = torch.device(device)
         self.strategy = strategy
-        self.interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        self.interpret = interpret
         self._counters: dict[tuple[torch.device, str], torch.Tensor] = {}
         self._programs = 4
-        self._bulk_copies = self.interpreted
+        self._bulk_copies = interpret
         if self.device.type == "cuda" and torch.cuda.is_available():
             properties = torch.cuda.get_device_properties(self.device)
             self._programs = properties.multi_processor_count
@@ -77,7 +76,7 @@ class TritonBackend:
 
     def reason_unsupported(self, x: torch.Tensor, weight: torch.Tensor) -> str | None:
         """Why these tensors can't go through the kernels; None where they can."""
-        if x.device.type != "cuda" and not self.interpreted:
+        if x.device.type != "cuda" and not self.interpret:
             return f"the kernels need a GPU; the input is on {x.device.type}"
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"the kernels compute in float32, bfloat16 or float16, not {x.dtype}"
@@ -150,9 +149,7 @@ class TritonBackend:
         return dx
 
     def _call(self, adapters: LinearAdapters, routing: Routing) -> _Call | None:
-        active = [
-            adapters.by_slot[segment.slot] for segment in routing.segments if segment.slot in adapters.by_slot
-        ]
+        active = [adapters.by_slot[segment.slot] for segment in routing.segments if segment.slot in adapters.by_slot]
         if not active:
             return None
         if routing.tile != TILE:

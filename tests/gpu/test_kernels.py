@@ -1,0 +1,102 @@
+"""The kernels on a GPU: accuracy in every dtype, poisoned buffers, determinism, CUDA graphs, masks."""
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+# The cases are shared with the tests under the interpreter.
+sys.path.append(str(Path(__file__).parents[1] / "unit" / "kernels"))
+
+from kernel_cases import as_dtype, random_case, run, worst_ratio
+
+from lorafusion_megatron.lora.triton_backend import TritonBackend
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("strategy", ["fused", "expand"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seed", range(6))
+def test_error_is_that_of_eager(seed, dtype, strategy):
+    rng = random.Random(seed)
+    case = random_case(
+        seed,
+        tokens=rng.choice([1, 63, 64, 700, 1031, 2048]),
+        size=(rng.choice([64, 136, 1024]), rng.choice([72, 768, 1536])),
+        slots=rng.choice([1, 4, 12]),
+        dtype=dtype,
+        device="cuda",
+        projections=rng.choice([1, 3]),
+        bias=rng.random() < 0.5,
+        feature_offset=2 * rng.randint(0, 999),
+        ranks=rng.choice([[16], [1, 3, 5], [8, 16, 64, 100, 256]]),
+    )
+    assert worst_ratio(TritonBackend(strategy=strategy), case) <= 1.5
+
+
+def test_llama_shape():
+    case = random_case(1, tokens=8192, size=(4096, 4096), slots=4, dtype=torch.bfloat16, device="cuda", ranks=[16])
+    assert worst_ratio(TritonBackend(), case) <= 1.5
+
+
+def test_nothing_unwritten_is_read():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # floats become NaN
+    try:
+        for seed in range(4):
+            case = random_case(seed, tokens=999, size=(512, 640), slots=5, dtype=torch.bfloat16, device="cuda")
+            assert worst_ratio(TritonBackend(strategy="fused"), case) <= 1.5
+            assert worst_ratio(TritonBackend(strategy="expand"), case) <= 1.5
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_repeats_to_the_last_bit():
+    case = random_case(3, tokens=4096, size=(2048, 2048), slots=3, dtype=torch.bfloat16, device="cuda")
+    results = [run(TritonBackend(), as_dtype(case, torch.bfloat16)) for _ in range(3)]
+    for other in results[1:]:
+        assert torch.equal(results[0].y, other.y)
+        assert torch.equal(results[0].dx, other.dx)
+        assert all(torch.equal(a, b) for a, b in zip(results[0].grads, other.grads, strict=True))
+
+
+def test_cuda_graph():
+    case = random_case(5, tokens=1024, size=(512, 768), slots=3, dtype=torch.bfloat16, device="cuda")
+    backend = TritonBackend()
+
+    def step():
+        y, s = backend.forward(case.x, case.weight, None, case.adapters, case.routing)
+        return y, backend.backward(case.dy, case.x, case.weight, s, case.adapters, case.routing, needs_dx=True)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        want = step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    for _ in range(3):
+        case.x.copy_(torch.randn_like(case.x))
+        graph.replay()
+        want = step()
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_no_host_synchronisation():
+    case = random_case(7, tokens=512, size=(512, 512), slots=3, dtype=torch.bfloat16, device="cuda")
+    run(TritonBackend(), case)
+    backend = TritonBackend()
+    y, s = backend.forward(case.x, case.weight, None, case.adapters, case.routing)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        y, s = backend.forward(case.x, case.weight, None, case.adapters, case.routing)
+        backend.backward(case.dy, case.x, case.weight, s, case.adapters, case.routing, needs_dx=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
