@@ -56,10 +56,7 @@ def _product_kernel(
             )
         for k in tl.range(0, inner, BK):
             lhs = z.load([row, k])
-            if W_BY_OUTPUT:
-                rhs = w.load([col, k]).T
-            else:
-                rhs = w.load([k, col])
+            rhs = w.load([col, k]).T if W_BY_OUTPUT else w.load([k, col])
             acc = tl.dot(lhs, rhs, acc)
         if BIAS:
             at = col + tl.arange(0, BN)

@@ -4,7 +4,7 @@ Every adapter is named by addresses in device memory, so that one launch serves 
 
     slot table    int64 [slots, FIELDS]  addresses of A, B and their gradients, columns, dropout threshold, scale, …
     tile slots    int32 [tiles]          the slot of each tile of rows, -1 for rows without an adapter
-    chunk table   int32 [chunks, 5]      slot, first row, end row, part, parts: work items of the passes that sum over rows
+    chunk table   int32 [chunks, 5]      slot, first row, end row, part, parts: items of the passes that sum over rows
 
 A slot that is missing from a microbatch, or from a linear, costs nothing: no program does work for it.
 """
@@ -86,7 +86,7 @@ def chunk_table(segments: Sequence[tuple[int, int, int]], *, rows_per_chunk: int
 
 
 def table_alignment(rows: dict[int, SlotRow]) -> int:
-    """What kernels may assume of every slot: 8 columns per step and 16-byte addresses (8), the latter (1), nothing (0)."""
+    """What kernels may assume of every slot: columns in eights and 16-byte addresses (8), the latter (1), nothing (0)."""
     tensors = [t for row in rows.values() for t in (row.a, row.b, row.grad_a, row.grad_b)]
     if any(tensor.data_ptr() % 16 for tensor in tensors):
         return 0

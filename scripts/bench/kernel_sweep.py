@@ -147,19 +147,22 @@ def sweep_product(shape: Shape, forward: bool) -> Iterable[tuple[str, Callable[[
             lambda config=config: product(
                 shape.x if forward else shape.dy, shape.w, None, shape.s if forward else shape.ds, shape.table,
                 shape.tile_slots, shape.keys, factor=1 if forward else 0, tile=TILE, module_key=99, feature_offset=0,
-                drop=not forward, align=shape.align, config=config, programs=torch.cuda.get_device_properties(0).multi_processor_count,
+                drop=not forward, align=shape.align, config=config,
+                programs=torch.cuda.get_device_properties(0).multi_processor_count,
             ),
         )  # fmt: skip
 
 
-def best(runs: Iterable[tuple[str, Callable[[], object]]], flush: torch.Tensor) -> list[tuple[float, str]]:
+def best(
+    runs: Iterable[tuple[str, Callable[[], object]]], flush: torch.Tensor, compile_only: bool
+) -> list[tuple[float, str]]:
     """Times of all settings that run, the best first; what fails is named with its reason."""
     out = []
     for name, run in runs:
         try:
             run()
             torch.cuda.synchronize()
-            out.append((round(replay_us(run, flush), 1), name))
+            out.append((0.0 if compile_only else round(replay_us(run, flush), 1), name))
         except Exception as error:
             out.append((float("inf"), f"{name}: {type(error).__name__} {str(error)[:60]}"))
     return sorted(out)
@@ -173,6 +176,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=1)
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--kernels", default="down,grad,dy,forward,dx")
+    parser.add_argument("--compile-only", action="store_true", help="fill Triton's cache, time nothing")
     parser.add_argument("--json")
     args = parser.parse_args()
     print(torch.cuda.get_device_name(), torch.__version__, triton.__version__)
@@ -189,12 +193,10 @@ def main() -> None:
             "dx": sweep_product(shape, False),
         }
         wanted = ["cublas", *args.kernels.split(",")]
-        rows[name] = {kind: best(runs, flush) for kind, runs in kinds.items() if kind in wanted}
+        rows[name] = {kind: best(runs, flush, args.compile_only) for kind, runs in kinds.items() if kind in wanted}
         for kind, times in rows[name].items():
-            bytes_us = {"down": shape.k, "grad": shape.k, "dy": shape.n}.get(kind, 0) * args.tokens * 2 / 3e6
-            print(
-                f"{name:4} {kind:8} floor {bytes_us:5.0f} us", *(f"| {us} {what}" for us, what in times[:4]), flush=True
-            )
+            floor = {"down": shape.k, "grad": shape.k, "dy": shape.n}.get(kind, 0) * args.tokens * 2 / 3e6
+            print(f"{name:4} {kind:8} bytes {floor:4.0f} us", *(f"| {us} {what}" for us, what in times[:4]), flush=True)
         failed = [what for times in rows[name].values() for us, what in times if us == float("inf")]
         print(name, "failed:", len(failed), failed[:2], flush=True)
     if args.json:

@@ -96,7 +96,7 @@ def test_no_host_synchronisation():
     y, s = backend.forward(case.x, case.weight, None, case.adapters, case.routing)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        y, s = backend.forward(case.x, case.weight, None, case.adapters, case.routing)
+        _, s = backend.forward(case.x, case.weight, None, case.adapters, case.routing)
         backend.backward(case.dy, case.x, case.weight, s, case.adapters, case.routing, needs_dx=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
