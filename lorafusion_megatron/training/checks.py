@@ -10,6 +10,7 @@ from lorafusion_megatron.data.reader import place_of
 from lorafusion_megatron.errors import UserError
 from lorafusion_megatron.models.families import check_tensor_parallel
 from lorafusion_megatron.models.projections import resolve_targets
+from lorafusion_megatron.training.loggers import check_loggers
 from lorafusion_megatron.types import ModelSpec, padded
 
 
@@ -25,7 +26,7 @@ def check_run(run: RunConfig, spec: ModelSpec) -> list[str]:
 
     Raises:
         UserError: the model can't be laid out so, a job asks for what the model can't do, ``WORLD_SIZE`` is set and
-            doesn't fit, or the output folder can't be written.
+            doesn't fit, the output folder can't be written, or a tracker that it logs to is not installed.
     """
     check_tensor_parallel(spec, run.model.tensor_model_parallel_size)
     _check_stages(run, spec)
@@ -34,6 +35,7 @@ def check_run(run: RunConfig, spec: ModelSpec) -> list[str]:
     for index, job in enumerate(run.jobs):
         _check_job(job, f"jobs[{index}]", spec)
     _check_output(run.checkpoint.save)
+    check_loggers(run.logger)
     notes = []
     if run.model.sequence_parallel and run.model.tensor_model_parallel_size == 1:
         notes.append("model.sequence_parallel has no effect with tensor_model_parallel_size 1")

@@ -16,6 +16,7 @@ from ..models.config import read_model_spec
 from ..models.projections import resolve_targets, row_of_projection, row_projection, target_linears
 from ..types import ModelSpec, Topology
 from .inputs import job_batches, load_job_dataset
+from .loggers import check_loggers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,7 @@ def prepare(run: RunConfig) -> Prepared:
     Raises:
         UserError: whatever is wrong.
     """
+    check_loggers(run.logger)
     spec = read_model_spec(run.base_model.path)
     topology = run.topology(world_size())
     datasets = {i: load_job_dataset(run, i, vocab_size=spec.vocab_size) for i in range(len(run.jobs))}

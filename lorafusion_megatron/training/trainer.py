@@ -22,6 +22,7 @@ from ..models.load import load_base_weights
 from ..scheduler.build import PlanOptions, build_schedule
 from ..types import Schedule, StepReport
 from .adapters import from_peft, to_peft
+from .loggers import Loggers
 from .output import MetricsLog, chrome_trace, write_json
 from .progress import Progress
 from .setup import Prepared, linear_layouts
@@ -58,6 +59,7 @@ class Trainer:
         self.chunks, self.steps = self._build()
         self.runner = StreamRunner(self.chunks, self.steps, on_step=self._on_step)
         self.metrics = MetricsLog(self.folder / "metrics.jsonl") if groups.is_first else None
+        self.loggers = Loggers(run) if groups.is_first else None
         self.windows: list[dict[str, Any]] = []
         self.spans: list[dict[str, Any]] = []
 
@@ -74,6 +76,8 @@ class Trainer:
             write_json(self.folder / "trace.json", chrome_trace(self.spans, stages))
         if self.metrics:
             self.metrics.close()
+        if self.loggers:
+            self.loggers.close()
 
     def _build(self) -> tuple[list[torch.nn.Module], dict[int, AdapterSteps]]:
         """Frozen model with its weights, adapters with their first values, optimizers."""
@@ -171,16 +175,12 @@ class Trainer:
         interval = run.checkpoint.save_interval
         if report.step == state.num_steps or (interval and report.step % interval == 0):
             state.snapshots[report.step] = self.steps[report.job].shard.pieces()
-        if self.metrics:
+        if self.metrics and self.loggers:
             batch = self.prepared.sources[report.job].batch(report.step)
             tokens = sum(sample.tokens for sample in batch.samples)
-            self.metrics.step(
-                report,
-                name=self.names[report.job],
-                tokens=tokens,
-                label_tokens=batch.label_tokens,
-                samples=len(batch.samples),
-            )
+            counts = {"tokens": tokens, "label_tokens": batch.label_tokens, "samples": len(batch.samples)}
+            self.metrics.step(report, name=self.names[report.job], **counts)
+            self.loggers.step(report, name=self.names[report.job], **counts)
             self.progress.step(report, name=self.names[report.job], total=state.num_steps, tokens=tokens)
 
     def _write_snapshots(self) -> None:
