@@ -152,6 +152,8 @@ class LoggerConfig:
 
     log_interval: int = 1
     """Optimizer steps of a job between two lines of the log."""
+    log_format: Literal["auto", "lines", "json"] = "auto"
+    """What rank 0 prints; auto: a live table in a terminal, lines elsewhere; json: one JSON object a line."""
     tensorboard_dir: Path | None = field(default=None, metadata={"output": True})
     """Folder of TensorBoard events; null: none."""
     wandb_project: str | None = None

@@ -1,10 +1,12 @@
-"""What a person sees of a run: a live table in a terminal, plain lines elsewhere."""
+"""What a run prints: a live table in a terminal, plain lines elsewhere, JSON lines for programs that collect logs."""
 
+import json
+import math
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from ..types import Schedule, StepReport
 
@@ -38,14 +40,19 @@ class Silent:
     def close(self) -> None: ...
 
 
-def describe_mix(schedule: Schedule, names: list[str]) -> str:
-    """Which jobs share microbatches, most frequent first: ``a+b 12, a 3, no-op 1``."""
+def count_mixes(schedule: Schedule, names: list[str]) -> Counter[str]:
+    """Jobs that share a microbatch, joined by ``+`` -> how many such microbatches there are."""
     mixes: Counter[str] = Counter()
     for replica in schedule.replicas:
         for microbatch in replica:
             jobs = dict.fromkeys(names[sample.job] for sample in microbatch.samples)
             mixes["+".join(jobs) or "no-op"] += 1
-    return ", ".join(f"{mix} {count}" for mix, count in mixes.most_common(8))
+    return mixes
+
+
+def describe_mix(schedule: Schedule, names: list[str]) -> str:
+    """Which jobs share microbatches, most frequent first: ``a+b 12, a 3, no-op 1``."""
+    return ", ".join(f"{mix} {count}" for mix, count in count_mixes(schedule, names).most_common(8))
 
 
 class Lines:
@@ -82,6 +89,59 @@ class Lines:
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+class JsonLines:
+    """One JSON object a line on stdout, with ``time`` (seconds since 1970) and ``event``, for log collectors.
+
+    Note: a number that is not finite is null, since JSON has no other word for it.
+    """
+
+    def __init__(self, log_interval: int = 1) -> None:
+        self.log_interval = log_interval
+        self._tokens = 0
+
+    def window(self, schedule: Schedule, names: list[str]) -> None:
+        """A window begins."""
+        mixes = dict(count_mixes(schedule, names).most_common())
+        self._print("window", microbatches=schedule.num_microbatches, mixes=mixes)
+
+    def step(self, report: StepReport, *, name: str, total: int, tokens: int) -> None:
+        """A job's optimizer step was applied."""
+        self._tokens += tokens
+        if report.step % self.log_interval and report.step != total and not report.skipped:
+            return
+        self._print(
+            "step",
+            job=name,
+            step=report.step,
+            total=total,
+            loss=_finite(report.loss),
+            lr=report.lr,
+            grad_norm=_finite(report.grad_norm),
+            skipped=report.skipped,
+            tokens=tokens,
+        )
+
+    def window_done(self, *, bubble_share: float, seconds: float) -> None:
+        """A window ended."""
+        rate, self._tokens = self._tokens / seconds, 0
+        self._print("window_done", seconds=seconds, tokens_per_second=rate, bubble_share=bubble_share)
+
+    def note(self, text: str) -> None:
+        """Print a line of text."""
+        self._print("note", text=text)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    @staticmethod
+    def _print(event: str, **values: object) -> None:
+        print(json.dumps({"time": time.time(), "event": event, **values}), flush=True)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 @dataclass(kw_only=True)
@@ -157,8 +217,18 @@ class LiveTable:
         return table
 
 
-def make_progress(*, is_first: bool, log_interval: int) -> Progress:
-    """The live table in a terminal, lines elsewhere, nothing on the other ranks."""
+def make_progress(
+    *, is_first: bool, log_interval: int, log_format: Literal["auto", "lines", "json"] = "auto"
+) -> Progress:
+    """What rank 0 prints to; the other ranks print nothing.
+
+    Args:
+        is_first: whether this is rank 0.
+        log_interval: optimizer steps of a job between two lines.
+        log_format: auto is the live table in a terminal and lines elsewhere.
+    """
     if not is_first:
         return Silent()
-    return LiveTable() if sys.stdout.isatty() else Lines(log_interval)
+    if log_format == "json":
+        return JsonLines(log_interval)
+    return LiveTable() if log_format == "auto" and sys.stdout.isatty() else Lines(log_interval)

@@ -30,7 +30,9 @@ def train_run(run: RunConfig) -> int:
         seed=run.runtime.seed,
         timeout_minutes=run.runtime.distributed_timeout_minutes,
     )
-    progress = make_progress(is_first=groups.is_first, log_interval=run.logger.log_interval)
+    progress = make_progress(
+        is_first=groups.is_first, log_interval=run.logger.log_interval, log_format=run.logger.log_format
+    )
     try:
         progress.note(
             f"{len(run.jobs)} jobs on {prepared.device}: {prepared.transformer_impl} layers "
