@@ -1,42 +1,40 @@
 """Builds the schedule of a window from the jobs' global batches."""
 
-from collections import deque
 from collections.abc import Sequence
 
 from lorafusion_megatron.errors import UserError
-from lorafusion_megatron.scheduler.dependency import accepted_count, dependency_distance
+from lorafusion_megatron.scheduler.blocks import in_turn_rows, sequential_rows
 from lorafusion_megatron.scheduler.options import PlanOptions
-from lorafusion_megatron.scheduler.packing import best_fit_decreasing
+from lorafusion_megatron.scheduler.rows import Row, find_step_ends, noop_row, to_streams
+from lorafusion_megatron.scheduler.stagger import staggered_rows
 from lorafusion_megatron.scheduler.validate import validate_schedule
-from lorafusion_megatron.types import GlobalBatch, Microbatch, Sample, Schedule, StepEnd, padded
+from lorafusion_megatron.scheduler.weights import bottleneck_weights
+from lorafusion_megatron.types import GlobalBatch, Schedule, padded
 
 __all__ = ["PlanOptions", "build_schedule"]
-
-Row = tuple[tuple[Sample, ...], ...]
 
 
 def build_schedule(batches: Sequence[Sequence[GlobalBatch]], options: PlanOptions) -> Schedule:
     """Plan a window: the order of all microbatches on every replica and where the optimizer steps fall.
 
     Args:
-        batches: per job its global batches of this window, in step order.
+        batches: per job its global batches of this window, in step order; a job may have none.
         options: capacity, pipeline and kind of schedule.
 
     Returns:
-        A validated schedule; the same input gives the same schedule.
+        A validated schedule; the same input gives the same schedule on any machine.
 
     Raises:
-        UserError: no job, or a sample that no microbatch can hold.
+        UserError: no global batch at all, or a sample that no microbatch can hold.
     """
-    _check_input(batches, options)
-    distance = dependency_distance(options.stages, options.virtual_stages)
-    rows, ends = _in_turn(batches, options, distance)
-    while len(rows) < accepted_count(len(rows), options.stages, options.virtual_stages):
-        rows.append(((),) * options.replicas)
+    batches = [job for job in batches if job]
+    check_input(batches, options)
+    rows = _plan_rows(batches, options)
+    rows += [noop_row(options.replicas)] * (options.pipeline.accepted_count(len(rows)) - len(rows))
     schedule = Schedule(
-        replicas=tuple(tuple(Microbatch(samples=row[replica]) for row in rows) for replica in range(options.replicas)),
-        step_ends=tuple(sorted(ends, key=lambda end: (end.position, end.job))),
-        distance=distance,
+        replicas=to_streams(rows, options.replicas),
+        step_ends=find_step_ends(rows),
+        distance=options.pipeline.distance(),
         token_capacity=options.token_capacity,
         padding_multiple=options.padding_multiple,
     )
@@ -44,8 +42,20 @@ def build_schedule(batches: Sequence[Sequence[GlobalBatch]], options: PlanOption
     return schedule
 
 
-def _check_input(batches: Sequence[Sequence[GlobalBatch]], options: PlanOptions) -> None:
-    if not any(batches):
+def _plan_rows(batches: Sequence[Sequence[GlobalBatch]], options: PlanOptions) -> list[Row]:
+    samples = [sample for job in batches for batch in job for sample in batch.samples]
+    weights = bottleneck_weights(
+        options.cost_model, options.chunk_loads, options.stages, samples, options.padding_multiple
+    )
+    if options.schedule == "staggered":
+        return staggered_rows(batches, options, weights)
+    plan = sequential_rows if options.schedule == "sequential" else in_turn_rows
+    return plan(batches, options, weights)
+
+
+def check_input(batches: Sequence[Sequence[GlobalBatch]], options: PlanOptions) -> None:
+    """Raise where a window can't be planned."""
+    if not batches:
         raise UserError("no global batch to plan", rule="a plan needs at least one job", remedy="add one", key="jobs")
     for job in batches:
         for batch in job:
@@ -58,51 +68,3 @@ def _check_input(batches: Sequence[Sequence[GlobalBatch]], options: PlanOptions)
                     remedy="raise runtime.token_capacity or lower the job's max_length",
                     key="runtime.token_capacity",
                 )
-
-
-def _rows(batch: GlobalBatch, options: PlanOptions) -> deque[Row]:
-    """Positions of one global batch packed by itself, ``replicas`` microbatches each."""
-    bins = best_fit_decreasing(batch.samples, options.token_capacity, options.padding_multiple)
-    packed = [tuple(sorted(b.samples, key=lambda s: s.position)) for b in sorted(bins, key=lambda b: -b.tokens)]
-    packed += [()] * (-len(packed) % options.replicas)
-    step = options.replicas
-    return deque(tuple(packed[i : i + step]) for i in range(0, len(packed), step))
-
-
-def _in_turn(
-    batches: Sequence[Sequence[GlobalBatch]], options: PlanOptions, distance: int
-) -> tuple[list[Row], list[StepEnd]]:
-    """The jobs' microbatches in turn (or job after job), with no-ops where nothing may start yet."""
-    queues = [deque(job) for job in batches if job]
-    current: list[deque[Row]] = [deque() for _ in queues]
-    free = [0] * len(queues)
-    rows: list[Row] = []
-    ends: list[StepEnd] = []
-    noop: Row = ((),) * options.replicas
-    turn = 0
-    while any(queues):
-        for offset in range(len(queues)):
-            index = (turn + offset) % len(queues)
-            if queues[index] and (current[index] or free[index] <= len(rows)):
-                break
-            if options.schedule == "sequential" and queues[index]:
-                index = -1
-                break
-        else:
-            index = -1
-        if index < 0:
-            rows.append(noop)
-            continue
-        batch = queues[index][0]
-        if not current[index]:
-            current[index] = _rows(batch, options) or deque([noop])
-        rows.append(current[index].popleft())
-        if not current[index]:
-            queues[index].popleft()
-            ends.append(StepEnd(job=batch.job, step=batch.step, position=len(rows) - 1))
-            free[index] = len(rows) - 1 + distance
-            if options.schedule == "sequential":
-                free = [max(value, free[index]) for value in free]
-        if options.schedule != "sequential" or not queues[index]:
-            turn = index + 1
-    return rows, ends

@@ -1,42 +1,33 @@
-"""The dependency distance of a pipeline schedule and the microbatch count that it accepts."""
+"""Dependency repair: delays positions with no-ops until each job's steps are the distance apart."""
+
+from collections.abc import Sequence
+
+from lorafusion_megatron.scheduler.rows import Row, noop_row
 
 
-def dependency_distance(stages: int, virtual_stages: int = 1) -> int:
-    """Least distance in positions from the end of a job's step to the first microbatch of its next one.
-
-    Stage 0 runs ``W`` forwards before its first backward (Megatron's warmup) and then alternates, so its forward
-    number f comes after its backward number f - W - 1. A microbatch is done with on stage 0 when its chunk 0 ran
-    backward, which is the last of its backwards; it starts with the forward of chunk 0.
+def repair_distance(rows: Sequence[Row], distance: int, replicas: int, *, barrier: bool = False) -> list[Row]:
+    """Insert the fewest no-ops that keep the order of ``rows`` and the dependency distance.
 
     Args:
-        stages: pipeline stages S.
-        virtual_stages: chunks per stage V.
+        rows: positions in order; each job's steps in order.
+        distance: least distance from a step's last position to the first of the job's next step.
+        replicas: data-parallel replicas.
+        barrier: the distance holds between steps of different jobs too: the pipeline drains after each global batch.
 
     Returns:
-        S for V = 1; for V > 1 what the order of Megatron's interleaved schedule gives.
+        Rows at their final positions.
     """
-    if stages == 1 and virtual_stages == 1:
-        return 1
-    if virtual_stages == 1:
-        return stages
-    warmup = 2 * (stages - 1) + (virtual_stages - 1) * stages
-    round_length = stages * virtual_stages
-
-    def forward_number(microbatch: int) -> int:
-        return microbatch // stages * round_length + microbatch % stages
-
-    worst = 1
-    for done in range(stages):
-        backward = (virtual_stages - 1) * stages + done
-        start = done + 1
-        while forward_number(start) < backward + warmup + 1:
-            start += 1
-        worst = max(worst, start - done)
-    return worst
-
-
-def accepted_count(microbatches: int, stages: int, virtual_stages: int) -> int:
-    """Least number of microbatches >= ``microbatches`` that the schedule accepts (whole groups when interleaved)."""
-    if virtual_stages == 1:
-        return microbatches
-    return -(-microbatches // stages) * stages
+    out: list[Row] = []
+    last: dict[tuple[int, int], int] = {}
+    for row in rows:
+        steps = row.steps()
+        if barrier:
+            free = max((at + distance for key, at in last.items() if key not in steps), default=0)
+        else:
+            free = max((last[job, step - 1] + distance for job, step in steps if (job, step - 1) in last), default=0)
+        out += [noop_row(replicas)] * (free - len(out))
+        if barrier:
+            last = {}
+        last.update(dict.fromkeys(steps, len(out)))
+        out.append(row)
+    return out

@@ -1,0 +1,112 @@
+"""The staggered schedule: the candidate with the shortest predicted time, smoothed."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, takewhile
+
+from lorafusion_megatron.scheduler.blocks import grouped_rows
+from lorafusion_megatron.scheduler.cost import Load
+from lorafusion_megatron.scheduler.flow import FlowLimits, flow_rows
+from lorafusion_megatron.scheduler.options import PlanOptions
+from lorafusion_megatron.scheduler.packing import padded_tokens
+from lorafusion_megatron.scheduler.rows import Row
+from lorafusion_megatron.scheduler.simulate import simulate
+from lorafusion_megatron.scheduler.smooth import smooth_rows
+from lorafusion_megatron.scheduler.weights import Weights
+from lorafusion_megatron.types import GlobalBatch
+
+ROOM = 1.01
+"""Fill 1 % less than full: the last samples of a microbatch then meet the target, and neighbours are alike."""
+SPLITS = (1.0, 1.5, 2.2, 3.2)
+"""Microbatches, as multiples of the fewest, that are tried where full ones leave bubbles."""
+ENOUGH = 0.015
+"""Idle share, beside filling and draining the pipeline, at which full microbatches are taken without a search."""
+TRIAL_SAMPLES = 1024
+"""Candidates are compared on the first steps of the window, up to about this many samples a replica."""
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    split: float
+    follow: bool
+
+
+def staggered_rows(batches: Sequence[Sequence[GlobalBatch]], options: PlanOptions, weights: Weights) -> list[Row]:
+    """Plan all jobs together so that every stage stays busy.
+
+    Full microbatches of equal time are tried first. Where they leave bubbles, because a job's next step waits for
+    the pipeline, smaller microbatches are tried on a part of the window, and the paper's grouped schedule; the one
+    with the shortest predicted time is taken.
+
+    Args:
+        batches: per job its global batches in step order.
+        options: capacity and pipeline.
+        weights: predicted time.
+    """
+
+    def plan(candidate: _Candidate, part: Sequence[Sequence[GlobalBatch]]) -> list[Row]:
+        return flow_rows(part, _limits(candidate, part, options, weights))
+
+    first = _Candidate(1.0, False)
+    rows = plan(first, batches)
+    if options.stages == 1 or _lost_share(rows, options) <= ENOUGH:
+        return rows
+    trial = _first_steps(batches, TRIAL_SAMPLES * options.replicas)
+    plans: dict[_Candidate | None, Callable[[Sequence[Sequence[GlobalBatch]]], list[Row]]] = {
+        candidate: lambda part, candidate=candidate: plan(candidate, part)  # type: ignore[misc]
+        for candidate in (_Candidate(split, follow) for split in SPLITS for follow in (False, True))
+    }
+    plans[None] = lambda part: grouped_rows(part, options, weights)
+    seconds = {candidate: _seconds(make(trial), options) for candidate, make in plans.items()}
+    best = min(seconds, key=lambda candidate: seconds[candidate])
+    if best != first:
+        rows = plans[best](batches)
+    return smooth_rows(rows, weights, options.pipeline.distance()) if options.smooth else rows
+
+
+def _limits(
+    candidate: _Candidate, batches: Sequence[Sequence[GlobalBatch]], options: PlanOptions, weights: Weights
+) -> FlowLimits:
+    """Target time: the window's whole time over the wanted number of microbatches."""
+    samples = [sample for job in batches for batch in job for sample in batch.samples]
+    tokens = sum(sample.tokens for sample in samples)
+    wanted = max(1.0, ROOM * candidate.split * tokens / options.token_capacity)
+    return FlowLimits(
+        capacity=options.token_capacity,
+        replicas=options.replicas,
+        distance=options.pipeline.distance(),
+        weights=weights,
+        target=max(1e-12, sum(weights.sample(sample.tokens) for sample in samples) / wanted),
+        follow=candidate.follow,
+    )
+
+
+def _first_steps(batches: Sequence[Sequence[GlobalBatch]], samples: int) -> list[list[GlobalBatch]]:
+    """Equally many steps of each job, as many as hold about ``samples`` samples; at least 4."""
+    longest = max(map(len, batches))
+    per_turn = [sum(len(job[turn].samples) for job in batches if turn < len(job)) for turn in range(longest)]
+    turns = max(4, sum(1 for _ in takewhile(lambda total: total <= samples, accumulate(per_turn))))
+    return [list(job[:turns]) for job in batches]
+
+
+def row_loads(rows: Sequence[Row], options: PlanOptions) -> list[Load]:
+    """Per position the features of the replica with most samples' work."""
+
+    def load(part: Sequence) -> Load:  # type: ignore[type-arg]
+        return Load(
+            tokens=padded_tokens(part, options.padding_multiple), squares=sum(sample.tokens**2 for sample in part)
+        )
+
+    return [max(map(load, row.parts), key=lambda load: (load.tokens, load.squares)) for row in rows]
+
+
+def _seconds(rows: Sequence[Row], options: PlanOptions) -> float:
+    return simulate(row_loads(rows, options), options.pipeline, options.chunk_loads, options.cost_model).seconds
+
+
+def _lost_share(rows: Sequence[Row], options: PlanOptions) -> float:
+    """Share of the slowest stage's time that it idles, filling and draining left out."""
+    timeline = simulate(row_loads(rows, options), options.pipeline, options.chunk_loads, options.cost_model)
+    busy = max(timeline.busy)
+    edges = timeline.seconds / max(1, len(rows)) * (options.stages - 1) / options.virtual_stages
+    return max(0.0, 1 - (busy + edges) / timeline.seconds) if timeline.seconds else 0.0
