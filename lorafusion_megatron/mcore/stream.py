@@ -154,7 +154,10 @@ class _Window:
         )
         if chunk == 0:  # the chunk nearest to the input is the last to run backward
             for end in self.schedule.ends_at.get(position, ()):
-                self.runner.steps[end.job].end_step(end.step)
+                steps = self.runner.steps[end.job]
+                if steps.pending:  # no sample of this step was in this replica's share, so no forward applied the last
+                    self.runner.on_step(steps.apply())
+                steps.end_step(end.step)
 
     def _loss(
         self, batch: DeviceBatch, per_token: torch.Tensor
