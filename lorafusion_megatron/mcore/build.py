@@ -112,7 +112,7 @@ def build_chunks(spec: ModelSpec, topology: Topology, options: BuildOptions) -> 
             rotary_base=spec.rope_theta,
             vp_stage=vp_stage,
         )
-        _finish(model, spec)
+        prepare_base(model, spec)
         chunks.append(model.to(options.device).train())
     return chunks
 
@@ -178,8 +178,11 @@ def _layout(layers_per_chunk: Sequence[int]) -> list[list[str]] | None:
     return layout
 
 
-def _finish(model: GPTModel, spec: ModelSpec) -> None:
-    """Freeze, rotary table, tied output, gradient into the first block, padded vocabulary."""
+def prepare_base(model: GPTModel, spec: ModelSpec) -> None:
+    """Make a model chunk the frozen base of ``spec``: rotary table, biases, tied output, padded vocabulary.
+
+    Its embedding passes a gradient on to the first block. Idempotence is the caller's: hooks are added at each call.
+    """
     model.requires_grad_(False)
     model.rotary_pos_emb.inv_freq = rotary_inverse_frequencies(spec).to(model.rotary_pos_emb.inv_freq.device)
     if model.pre_process:

@@ -16,10 +16,10 @@ CPU = torch.device("cpu")
 Patch = tuple[Any, str, Any]
 
 
-class _TorchOnCpu(types.ModuleType):
+class TorchOnCpu(types.ModuleType):
     """``torch`` as one Megatron module sees it: factories called with a literal ``device="cuda"`` stay on the CPU."""
 
-    FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange")
+    FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "rand")
 
     def __init__(self) -> None:
         super().__init__("torch")
@@ -39,7 +39,7 @@ class _TorchOnCpu(types.ModuleType):
         return getattr(torch, name)
 
 
-class _SynchronousStream:
+class SynchronousStream:
     """In place of a CUDA stream: work on the CPU is done when the call returns, so every wait is over."""
 
     def wait_stream(self, *_: Any) -> None: ...
@@ -94,11 +94,11 @@ def patches() -> dict[str, list[Patch]]:
         # P2PCommunicator, after each exchange of shapes and each batched exchange.
         "synchronize": [(torch.cuda, "synchronize", lambda device=None: None)],
         # The gradient reduction of Megatron's DDP wrapper.
-        "current_stream": [(torch.cuda, "current_stream", lambda device=None: _SynchronousStream())],
+        "current_stream": [(torch.cuda, "current_stream", lambda device=None: SynchronousStream())],
         # schedules.py: the token counter has device="cuda".
-        "schedules_device": [(schedules, "torch", _TorchOnCpu())],
+        "schedules_device": [(schedules, "torch", TorchOnCpu())],
         # transformer/utils.py: the causal mask has device="cuda".
-        "mask_device": [(transformer_utils, "torch", _TorchOnCpu())],
+        "mask_device": [(transformer_utils, "torch", TorchOnCpu())],
         "rng": _rng_patches(),
     }
 
