@@ -73,7 +73,12 @@ def run_files(draw: st.DrawFn, good: dict[str, Any]) -> bytes:
 _words = st.sampled_from(
     ["jobs", "jobs[0]", "jobs[9]", "first", "peft", "r", "dim", "runtime", "seed", "name", "", "[0]", "x"]
 )
-overrides = st.just([]) | st.lists(
+_good = st.builds(
+    lambda key, value: f"{key}={value}",
+    st.sampled_from(["runtime.seed", "jobs[1].peft.r", "jobs.first.optimizer.lr", "jobs.second.train.epochs"]),
+    st.integers(1, 9) | st.sampled_from(["1e0", "8.0", "0x7"]),
+)
+overrides = st.lists(_good, max_size=2) | st.lists(
     st.builds(
         lambda keys, equals, value: ".".join(keys) + equals + str(value),
         st.lists(_words | st.text(max_size=4), min_size=1, max_size=4),

@@ -1,0 +1,240 @@
+"""What each kind of row becomes, token by token. The tiny tokenizer's ids are the bytes of the text."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorafusion_megatron.data import DataSource, JobDataset, load_dataset
+from lorafusion_megatron.errors import UserError
+from tests.unit.fuzzing import fuzz_rows
+from tests.unit.tiny_inputs import (
+    BOS,
+    CHATML,
+    EOS,
+    START,
+    VOCABULARY,
+    byte_ids,
+    write_model,
+    write_rows,
+    write_tokenizer,
+)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_tokenizer(write_model(tmp_path / "base"))
+
+
+def load(model: Path, *rows: Any, **changes: Any) -> JobDataset:
+    """The data set of these rows."""
+    path = write_rows(model.parent / "rows.jsonl", rows)
+    return load_dataset(DataSource(path=path, key="k", model=model, vocab_size=VOCABULARY, **changes))
+
+
+def tokens(dataset: JobDataset, row: int = 0) -> tuple[list[int], list[int]]:
+    """Ids of a row, and its labels."""
+    ids = dataset.ids(row)
+    return ids.tolist(), ids[dataset.label_mask(row)].tolist()
+
+
+def test_tokenized_rows_need_no_tokenizer(tmp_path: Path) -> None:
+    dataset = load(
+        tmp_path, {"prompt_ids": [5, 6], "completion_ids": [7]}, {"prompt_ids": [], "completion_ids": [8, 9]}
+    )
+    assert tokens(dataset, 0) == ([5, 6, 7], [7])
+    assert tokens(dataset, 1) == ([8, 9], [8, 9])
+    assert dataset.lengths.tolist() == [3, 2]
+    assert dataset.label_tokens.tolist() == [1, 1], "nothing predicts the first token of a row"
+
+
+def test_prompt_and_completion(model: Path) -> None:
+    ids, labels = tokens(load(model, {"prompt": "Q: é", "completion": " yes", "source": "ignored"}))
+    assert ids == [*byte_ids("Q: é yes"), EOS]
+    assert labels == [*byte_ids(" yes"), EOS]
+
+
+def test_text(model: Path) -> None:
+    dataset = load(model, {"text": "ab"})
+    assert tokens(dataset) == ([97, 98, EOS], [97, 98, EOS])
+    assert dataset.label_tokens.tolist() == [2]
+
+
+def test_alpaca_prompts(model: Path) -> None:
+    dataset = load(
+        model,
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {"instruction": "Say hi.", "input": "", "output": "hi"},
+        {"instruction": "Say hi.", "output": "hi"},
+    )
+    ids, labels = tokens(dataset, 0)
+    assert bytes(ids[:-1]).decode() == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n3"
+    )
+    assert labels == [*byte_ids("3"), EOS]
+    ids, labels = tokens(dataset, 1)
+    assert bytes(ids[:-1]).decode() == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nSay hi.\n\n### Response:\nhi"
+    )
+    assert tokens(dataset, 1) == tokens(dataset, 2)
+
+
+def test_braces_in_an_instruction_are_text(model: Path) -> None:
+    ids, _ = tokens(load(model, {"instruction": "{output}", "output": "x"}))
+    assert "{output}" in bytes(ids[:-1]).decode()
+
+
+def test_beginning_of_sequence_where_the_tokenizer_adds_it(model: Path) -> None:
+    config = model / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"add_bos_token": True}))
+    ids, labels = tokens(load(model, {"prompt": "a", "completion": "b"}))
+    assert (ids, labels) == ([BOS, 97, 98, EOS], [98, EOS])
+    ids, labels = tokens(load(model, {"text": "a"}))
+    assert (ids, labels) == ([BOS, 97, EOS], [97, EOS])
+
+
+def test_beginning_of_sequence_from_the_post_processor(model: Path) -> None:
+    path = model / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [BOS], "tokens": ["<s>"]}},
+    }
+    path.write_text(json.dumps(content))
+    assert tokens(load(model, {"prompt": "a", "completion": "b"}))[0] == [BOS, 97, 98, EOS]
+
+
+@pytest.mark.parametrize(("config_id", "ends"), [(EOS, [EOS]), ([EOS, 1], [EOS]), (None, [])])
+def test_end_of_sequence_from_config_json_or_none(model: Path, config_id: Any, ends: list[int]) -> None:
+    (model / "tokenizer_config.json").write_text("{}")
+    config = model / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": config_id}))
+    assert tokens(load(model, {"prompt": "a", "completion": "b"}))[0] == [97, 98, *ends]
+
+
+def test_limits_written_into_the_tokenizer_are_lifted(model: Path) -> None:
+    path = model / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    path.write_text(json.dumps(content))
+    assert load(model, {"text": "abcdef"}).lengths.tolist() == [7]
+
+
+def test_rows_are_cut_and_counted(model: Path) -> None:
+    rows = [{"prompt_ids": [5] * n, "completion_ids": [6] * 4} for n in (2, 4, 9)]
+    dataset = load(model, *rows, max_length=6, truncate=True)
+    assert dataset.lengths.tolist() == [6, 6, 6]
+    assert dataset.label_tokens.tolist() == [4, 2, 0]
+    assert (dataset.rows_truncated, dataset.rows_without_labels) == (2, 1)
+    with pytest.raises(UserError, match=r"rows\.jsonl:2 has 8 tokens, max_length is 6"):
+        load(model, *rows, max_length=6)
+
+
+def test_other_containers(model: Path, tmp_path: Path) -> None:
+    rows = [{"prompt_ids": [n], "completion_ids": [n + 1]} for n in range(3)]
+    lines = "\n\n".join(map(json.dumps, rows)) + "\n"
+    contents = {
+        "a.jsonl": lines.encode(),
+        "b.json": json.dumps(rows, indent=1).encode(),
+        "c.json": lines.encode(),
+        "d.jsonl.gz": gzip.compress(lines.encode()),
+        "e.json.gz": gzip.compress(json.dumps(rows).encode()),
+        "f.jsonl": b"\xef\xbb\xbf" + lines.replace("\n", "\r\n").encode(),
+        "g.txt": lines.encode(),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        source = DataSource(path=tmp_path / name, key="k", model=model, vocab_size=VOCABULARY)
+        dataset = load_dataset(source)
+        assert [dataset.ids(row).tolist() for row in range(len(dataset))] == [[0, 1], [1, 2], [2, 3]], name
+
+
+def test_errors_count_blank_lines(model: Path) -> None:
+    with pytest.raises(UserError, match=r"rows\.jsonl:4 is not JSON"):
+        load(model, {"text": "a"}, "", "", "nonsense")
+
+
+def test_a_million_tokens_take_five_bytes_each(tmp_path: Path) -> None:
+    row = {"prompt_ids": [1] * 500, "completion_ids": [2] * 500}
+    dataset = load(tmp_path, *[row] * 1000)
+    assert dataset.total_tokens == 1_000_000
+    held = sum(part.nbytes for part in vars(dataset).values() if hasattr(part, "nbytes"))
+    assert held == 5 * 1_000_000 + 8 * 1001 + 2 * 8 * 1000
+
+
+CONVERSATION = {
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hé?"},
+        {"role": "assistant", "content": "Yes 😀."},
+        {"role": "user", "content": "Sure?"},
+        {"role": "assistant", "content": "No."},
+    ]
+}
+
+
+def test_messages_through_the_template(model: Path) -> None:
+    ids, labels = tokens(load(model, CONVERSATION))
+    expected: list[int] = []
+    for turn in CONVERSATION["messages"]:
+        expected += [START, *byte_ids(f"{turn['role']}\n{turn['content']}"), EOS, *byte_ids("\n")]
+    assert ids == expected
+    assert labels == [*byte_ids("Yes 😀."), EOS, *byte_ids("No."), EOS]
+
+
+def test_generation_marks_decide_where_a_template_has_them(model: Path) -> None:
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + ':' }}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{{ '<|im_end|>' }}{% else %}{{ m.content }}{% endif %}"
+        "{% endfor %}"
+    )
+    ids, labels = tokens(load(model, CONVERSATION, chat_template=template))
+    assert labels == byte_ids("Yes 😀.No."), "the end of a turn lies outside of the marks"
+    assert ids[:7] == [START, *byte_ids("system")]
+
+
+def test_templates_without_an_end_token_label_the_whole_turn(model: Path) -> None:
+    template = (
+        "{% for m in messages %}{{ '[' + m.role + ']' + m.content + '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    _, labels = tokens(load(model, CONVERSATION, chat_template=template))
+    assert labels == byte_ids("Yes 😀.\nNo.\n")
+
+
+def test_tools_reach_the_template(model: Path) -> None:
+    template = "{{ tools | tojson }}" + CHATML
+    ids, _ = tokens(load(model, CONVERSATION | {"tools": [{"name": "é<"}]}, chat_template=template))
+    assert bytes(ids[:17]).decode() == '[{"name": "é<"}]'
+
+
+def test_same_ids_and_mask_as_transformers(model: Path) -> None:
+    pytest.importorskip("torch")
+    from transformers import AutoTokenizer
+
+    template = CHATML.replace(
+        "m['content'] + '<|im_end|>' + '\\n' }}",
+        "'' }}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+        "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}",
+    )
+    theirs = AutoTokenizer.from_pretrained(model).apply_chat_template(
+        CONVERSATION["messages"], chat_template=template, return_dict=True, return_assistant_tokens_mask=True
+    )
+    for given in (template, None):
+        dataset = load(model, CONVERSATION, chat_template=given)
+        assert dataset.ids(0).tolist() == theirs["input_ids"]
+        assert dataset.label_mask(0).tolist() == [bool(one) for one in theirs["assistant_masks"]]
+
+
+def test_generated_files_load_or_are_refused_in_one_line(tmp_path: Path) -> None:
+    seen: list[str] = []
+    fuzz_rows(tmp_path, 300, count=seen.append)
+    assert seen.count("loaded") >= 30
+    assert seen.count("refused") >= 100
