@@ -1,0 +1,123 @@
+"""Every topology gives each job the adapter that Transformers + PEFT give it when they train it alone.
+
+The oracle (`tests/oracle/peft_oracle.py`) imports nothing of this package and nothing of Megatron.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import launch
+from tests.oracle.case import TOLERANCE, OracleCase, make_case
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+TOPOLOGIES = {
+    "one process": {},
+    "PP2": {"pipeline_model_parallel_size": 2},
+    "TP2": {"tensor_model_parallel_size": 2},
+    "TP2 SP": {"tensor_model_parallel_size": 2, "sequence_parallel": "true"},
+    "DP2": {},
+    "PP2 TP2": {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 2},
+}
+WORLDS = {"one process": 1, "PP2 TP2": 4}
+VARIANTS = {
+    "PP2 interleaved": (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
+    "full recompute": (1, {"recompute_granularity": "full"}),
+    "selective recompute": (1, {"recompute_granularity": "selective"}),
+    "PP2 full recompute": (2, {"pipeline_model_parallel_size": 2, "recompute_granularity": "full"}),
+    "TP2 SP full recompute": (
+        2,
+        {"tensor_model_parallel_size": 2, "sequence_parallel": "true", "recompute_granularity": "full"},
+    ),
+    "PP2 TP2 SP": (
+        4,
+        {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": "true"},
+    ),
+    "PP2 DP2": (4, {"pipeline_model_parallel_size": 2}),
+    "TP2 DP2": (4, {"tensor_model_parallel_size": 2}),
+}
+
+
+@pytest.fixture(scope="session")
+def cases(tmp_path_factory) -> "Cases":
+    """The cases that were made so far."""
+    return Cases(tmp_path_factory.mktemp("oracle"))
+
+
+class Cases:
+    """Makes each case when it is first asked for: the oracle trains it once for all topologies."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.made: dict[tuple[str, bool], OracleCase] = {}
+
+    def get(self, arch: str, tied: bool) -> OracleCase:
+        """The case of an architecture, with the output layer tied to the embedding or not."""
+        if (arch, tied) not in self.made:
+            folder = self.folder / f"{arch}{'_tied' if tied else ''}"
+            seed = 2 * ARCHITECTURES.index(arch) + tied
+            self.made[arch, tied] = make_case(folder, arch=arch, tied=tied, seed=seed)
+        return self.made[arch, tied]
+
+
+def _error(case: OracleCase, out: Path, world: int, model: dict[str, object], *overrides: str) -> float:
+    words = [f"model.{key}={value}" for key, value in model.items()]
+    launch.train(case.run_file, f"checkpoint.save={out}", *words, *overrides, world=world)
+    return case.error(out)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_adapters_and_losses_equal_those_of_training_each_job_alone_in_peft(
+    cases, tmp_path, measured, arch, tied, topology
+):
+    error = _error(cases.get(arch, tied), tmp_path / "out", WORLDS.get(topology, 2), TOPOLOGIES[topology])
+    assert measured(error) <= TOLERANCE
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_interleaving_recompute_and_combined_topologies_equal_peft(cases, tmp_path, measured, arch, variant):
+    world, model = VARIANTS[variant]
+    error = _error(cases.get(arch, tied=False), tmp_path / "out", world, model)
+    assert measured(error) <= TOLERANCE
+
+
+@pytest.mark.parametrize("schedule", ["round_robin", "sequential"])
+def test_the_baseline_schedules_train_the_same_adapters(cases, tmp_path, measured, schedule):
+    error = _error(
+        cases.get("llama", tied=False),
+        tmp_path / "out",
+        2,
+        {"pipeline_model_parallel_size": 2},
+        f"runtime.schedule={schedule}",
+    )
+    assert measured(error) <= TOLERANCE
+
+
+def test_many_short_windows_train_the_same_adapters(cases, tmp_path, measured):
+    case = cases.get("llama", tied=False)
+    error = _error(case, tmp_path / "out", 2, {"pipeline_model_parallel_size": 2}, "runtime.max_window_microbatches=4")
+    assert measured(error) <= TOLERANCE
+
+
+def test_torchrun_trains_the_same_adapters(cases, tmp_path):
+    case = cases.get("llama", tied=False)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    overrides = ["model.pipeline_model_parallel_size=2", f"checkpoint.save={tmp_path / 'out'}"]
+    done = subprocess.run(
+        [*torchrun, "-m", "lorafusion_megatron.train", str(case.run_file), *overrides],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert case.error(tmp_path / "out") <= TOLERANCE
+    assert "job0 step 6/6" in done.stdout
