@@ -5,6 +5,7 @@ import os
 import torch
 
 from ..config.run import RunConfig
+from ..mcore.quiet import quiet_megatron
 from .progress import make_progress
 from .setup import prepare
 
@@ -18,6 +19,7 @@ def train_run(run: RunConfig) -> int:
     Raises:
         UserError: the run can't start as it is; no process group was made and nothing was written.
     """
+    quiet_megatron()
     prepared = prepare(run)
     from ..mcore import parallel
     from .trainer import Trainer
