@@ -1,7 +1,6 @@
 """Checks of a run against its base model, its data and the machine; they need no torch and write nothing."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 from lorafusion_megatron.config import JobConfig, RunConfig
@@ -160,13 +159,3 @@ def _too_long(dataset: JobDataset, limit: int, rule: str, remedy: str, key: str)
     row = int((dataset.lengths > limit).argmax())
     place = place_of(dataset.path, row, key=key)
     return UserError(f"{place} has {dataset.lengths[row]} tokens", rule=rule, remedy=remedy, key=key)
-
-
-def check_datasets(
-    run: RunConfig, spec: ModelSpec, datasets: Mapping[int, JobDataset], *, padding_multiple: int = 1
-) -> list[str]:
-    """`check_dataset` for the training rows of several jobs, by job index."""
-    notes = []
-    for index, dataset in datasets.items():
-        notes += check_dataset(run, spec, index, dataset, padding_multiple=padding_multiple)
-    return notes
