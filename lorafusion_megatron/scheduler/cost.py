@@ -1,6 +1,7 @@
 """Predicted time of a microbatch on a pipeline stage.
 
-``seconds = fixed + layers * (layer_fixed + layer_token * T + layer_square * Q) + output * output_token * T`` with T the padded tokens and Q the sum of squared sample lengths (attention never crosses samples).
+``seconds = fixed + layers * (layer_fixed + layer_token * T + layer_square * Q) + output * output_token * T``
+with T the padded tokens and Q the sum of squared sample lengths (attention never crosses samples).
 """
 
 import json

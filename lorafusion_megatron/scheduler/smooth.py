@@ -1,13 +1,13 @@
 """Reorders positions so that neighbours take similar time.
 
-Under 1F1B the stages work on about ``distance`` neighbouring microbatches at once and wait for the longest of them,
-so that the stream takes about the sum over positions of the longest of the last ``distance`` microbatches: an
+Under 1F1B the stages work on neighbouring microbatches at once and wait for the longest of them (`waiting_time`): an
 isolated microbatch that takes 20 % longer costs 20 % of a slot on every stage, and the next ones to it nothing.
 """
 
 from collections.abc import Sequence
 
 from lorafusion_megatron.scheduler.rows import Row
+from lorafusion_megatron.scheduler.waits import find_peaks, waiting_time
 from lorafusion_megatron.scheduler.weights import Weights
 
 
@@ -52,17 +52,18 @@ class _Spans:
         self.steps[early], self.steps[late] = comes, leaves
 
 
-def smooth_rows(rows: Sequence[Row], weights: Weights, distance: int, *, rounds: int = 2) -> list[Row]:
+def smooth_rows(rows: Sequence[Row], weights: Weights, *, distance: int, width: int, rounds: int = 2) -> list[Row]:
     """Swap positions up to a distance apart while that lowers the time that stages wait for their neighbours.
 
     Args:
         rows: a valid stream.
         weights: predicted time of a microbatch.
-        distance: dependency distance, which is also how many neighbours are in the pipeline at once.
+        distance: dependency distance.
+        width: how many neighbours wait for each other.
         rounds: passes over the stream.
 
     Returns:
-        The same rows in a valid order of no greater ``sum_i max(time[i - distance + 1 .. i])``.
+        The same rows in a valid order of no greater waiting time.
 
     Note: no-op positions stay where they are.
     """
@@ -72,7 +73,7 @@ def smooth_rows(rows: Sequence[Row], weights: Weights, distance: int, *, rounds:
     threshold = 0.002 * max(times, default=0.0)
 
     for _ in range(rounds):
-        peaks = _peaks(times, distance)
+        peaks = find_peaks(times, width)
         improved = False
         for early in range(len(rows) - 1):
             if rows[early].is_noop:
@@ -82,10 +83,10 @@ def smooth_rows(rows: Sequence[Row], weights: Weights, distance: int, *, rounds:
                     continue
                 if rows[late].is_noop or not spans.allows(early, late):
                     continue
-                first, stop = max(0, early - distance + 1), min(len(rows), late + distance)
-                before = _waits(times[first:stop], distance)
+                first, stop = max(0, early - width + 1), min(len(rows), late + width)
+                before = waiting_time(times[first:stop], width)
                 times[early], times[late] = times[late], times[early]
-                if _waits(times[first:stop], distance) < before - 1e-9 * before:
+                if waiting_time(times[first:stop], width) < before - 1e-9 * before:
                     spans.swap(early, late)
                     rows[early], rows[late] = rows[late], rows[early]
                     improved = True
@@ -94,26 +95,3 @@ def smooth_rows(rows: Sequence[Row], weights: Weights, distance: int, *, rounds:
         if not improved:
             break
     return rows
-
-
-def _waits(times: Sequence[float], distance: int) -> float:
-    """Sum over the windows of ``distance`` neighbours of the longest time."""
-    longest = list(times)
-    width = 1
-    # Doubling: the maximum over 2 w neighbours is that of two windows of w side by side.
-    while 2 * width <= distance:
-        longest = list(map(max, longest, longest[width:]))
-        width *= 2
-    if width < distance:
-        longest = list(map(max, longest, longest[distance - width :]))
-    return sum(longest)
-
-
-def _peaks(times: Sequence[float], distance: int) -> list[bool]:
-    """Which positions are the longest of some window of ``distance`` neighbours."""
-    out = [False] * len(times)
-    for end in range(len(times)):
-        first = max(0, end - distance + 1)
-        window = times[first : end + 1]
-        out[first + window.index(max(window))] = True
-    return out

@@ -1,7 +1,7 @@
 """The staggered schedule: the candidate with the shortest predicted time, smoothed."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, takewhile
 
 from lorafusion_megatron.scheduler.blocks import grouped_rows
@@ -9,9 +9,11 @@ from lorafusion_megatron.scheduler.cost import Load
 from lorafusion_megatron.scheduler.flow import FlowLimits, flow_rows
 from lorafusion_megatron.scheduler.options import PlanOptions
 from lorafusion_megatron.scheduler.packing import padded_tokens
+from lorafusion_megatron.scheduler.refine import refine_rows
 from lorafusion_megatron.scheduler.rows import Row
 from lorafusion_megatron.scheduler.simulate import simulate
 from lorafusion_megatron.scheduler.smooth import smooth_rows
+from lorafusion_megatron.scheduler.waits import window_width
 from lorafusion_megatron.scheduler.weights import Weights
 from lorafusion_megatron.types import GlobalBatch
 
@@ -56,12 +58,19 @@ def staggered_rows(batches: Sequence[Sequence[GlobalBatch]], options: PlanOption
         candidate: lambda part, candidate=candidate: plan(candidate, part)  # type: ignore[misc]
         for candidate in (_Candidate(split, follow) for split in SPLITS for follow in (False, True))
     }
-    plans[None] = lambda part: grouped_rows(part, options, weights)
+    plans[None] = lambda part: grouped_rows(part, replace(options, solver_seconds=0.0), weights)
     seconds = {candidate: _seconds(make(trial), options) for candidate, make in plans.items()}
     best = min(seconds, key=lambda candidate: seconds[candidate])
     if best != first:
         rows = plans[best](batches)
-    return smooth_rows(rows, weights, options.pipeline.distance()) if options.smooth else rows
+    return level_rows(rows, options, weights) if options.smooth else rows
+
+
+def level_rows(rows: Sequence[Row], options: PlanOptions, weights: Weights) -> list[Row]:
+    """Bring neighbours closer in time: move samples, then whole positions."""
+    distance, width = options.pipeline.distance(), window_width(options.stages)
+    refined = refine_rows(rows, weights, capacity=options.token_capacity, distance=distance, width=width)
+    return smooth_rows(refined, weights, distance=distance, width=width)
 
 
 def _limits(
