@@ -58,7 +58,8 @@ class LoraLinearFunction(torch.autograd.Function):
         backend: Backend,
     ) -> torch.Tensor:
         y, s = backend.forward(x, weight, bias, adapters, routing)
-        ctx.save_for_backward(x, weight, s)
+        # Without an adapter on this linear nothing but the weight is needed.
+        ctx.save_for_backward(None if s is None else x, weight, s)
         ctx.adapters, ctx.routing, ctx.backend = adapters, routing, backend
         return y
 

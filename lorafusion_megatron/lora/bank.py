@@ -7,7 +7,7 @@ every tensor-parallel rank holds alike lie together in front, so that their redu
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -71,7 +71,7 @@ class FactorPiece:
 
 @dataclass(frozen=True, kw_only=True)
 class _Block:
-    """Where one projection's factors lie: rows of A, and rows and columns of B, of one target linear."""
+    """Where one projection's factors lie in the flat buffers."""
 
     target: TargetLinear
     projection: int
@@ -79,8 +79,20 @@ class _Block:
     rows: torch.Tensor
     """int64: local output rows of the projection."""
     columns: slice
-    a: torch.Tensor
-    b: torch.Tensor
+    """The projection's columns of B, and rows of A."""
+    a_at: int
+    """Where the linear's A starts in the flat buffer."""
+    b_at: int
+    b_shape: tuple[int, int]
+
+    def a(self, flat: torch.Tensor) -> torch.Tensor:
+        """View ``[r, in_features]`` of the projection's A in a flat buffer."""
+        width = self.target.adapters.in_features
+        return flat[self.a_at + self.columns.start * width : self.a_at + self.columns.stop * width].view(-1, width)
+
+    def b(self, flat: torch.Tensor) -> torch.Tensor:
+        """View ``[out_features, columns]`` of the linear's whole B in a flat buffer."""
+        return flat[self.b_at : self.b_at + math.prod(self.b_shape)].view(self.b_shape)
 
 
 class AdapterShard:
@@ -118,18 +130,18 @@ class AdapterShard:
         """fp32 scalar view: the loss that microbatches of the current step add to (last stage)."""
         return self.grad[-1]
 
-    def attach(self, slot: int) -> None:
-        """Serve rows of ``slot`` with this adapter on each of its linears."""
+    def attach(self, slot: int, *, dropout: bool = True) -> None:
+        """Serve rows of ``slot`` with this adapter on each of its linears; ``dropout`` False for validation."""
         for target, adapter in self._linears:
-            target.adapters.by_slot[slot] = adapter
+            target.adapters.by_slot[slot] = adapter if dropout else replace(adapter, dropout=0.0)
 
     def refresh(self) -> None:
         """Round the fp32 masters into the parameters that the linears read."""
         if self.params is not self.master:
             self.params.copy_(self.master)
 
-    def pieces(self) -> list[FactorPiece]:
-        """This rank's part of every factor, in fp32, copied: what an export gathers."""
+    def pieces(self, flat: torch.Tensor) -> list[FactorPiece]:
+        """This rank's part of every factor in a flat buffer (the master, a moment, or a copy of one), on the host."""
         out = []
         for block in self._blocks:
             target, size = block.target, self.spec.rank
@@ -146,7 +158,7 @@ class AdapterShard:
                     full_shape=(size, target.full_in_features),
                     dim=1,
                     index=columns,
-                    tensor=block.a.to("cpu", copy=True),
+                    tensor=block.a(flat).to("cpu", copy=True),
                 )
             )
             out.append(
@@ -157,25 +169,40 @@ class AdapterShard:
                     full_shape=(rows_full, size),
                     dim=0,
                     index=_full_row_index(target, block),
-                    tensor=block.b[block.rows, block.columns].to("cpu", copy=True),
+                    tensor=block.b(flat)[block.rows, block.columns].to("cpu", copy=True),
                 )
             )
         return out
 
     @torch.no_grad()
-    def load(self, factors: Mapping[tuple[int, str, str], torch.Tensor]) -> None:
+    def load(self, factors: Mapping[tuple[int, str, str], torch.Tensor], flat: torch.Tensor | None = None) -> None:
         """Take values from whole factors: ``(layer, projection, "A" | "B")`` -> tensor in PEFT's orientation.
+
+        Args:
+            factors: at least those of this rank.
+            flat: buffer to fill (a moment); None: the master, and the parameters with it.
 
         Raises:
             KeyError: a factor of this rank is missing.
         """
+        into = self.master if flat is None else flat
         for block in self._blocks:
             target = block.target
             a, b = factors[target.layer, block.name, "A"], factors[target.layer, block.name, "B"]
             offset = target.adapters.feature_offset
-            block.a.copy_(a[:, offset : offset + target.adapters.in_features])
-            block.b[block.rows, block.columns] = b[_full_row_index(target, block).to(b.device)].to(block.b)
-        self.refresh()
+            block.a(into).copy_(a[:, offset : offset + target.adapters.in_features])
+            block.b(into)[block.rows, block.columns] = b[_full_row_index(target, block).to(b.device)].to(into)
+        if flat is None:
+            self.refresh()
+
+    def factor_keys(self) -> list[tuple[int, str]]:
+        """(layer, projection) of every factor pair on this rank."""
+        return [(block.target.layer, block.name) for block in self._blocks]
+
+    def detach(self, slot: int) -> None:
+        """Stop serving ``slot``."""
+        for target, _ in self._linears:
+            del target.adapters.by_slot[slot]
 
     def _place(self, target: TargetLinear, projections: tuple[int, ...], a_at: int, b_at: int) -> None:
         linear = target.adapters
@@ -200,15 +227,23 @@ class AdapterShard:
                 ),
             )
         )
-        a, b = view(self.master, a_at, a_shape), view(self.master, b_at, b_shape)
         for k, projection in enumerate(projections):
             block = slice(k * self.spec.rank, (k + 1) * self.spec.rank)
-            rows = torch.arange(linear.out_features, device=b.device)
+            rows = torch.arange(linear.out_features, device=self.master.device)
             if projection != ALL_ROWS:
                 rows = rows[target.layout.row_projection == projection]
             name = target.linear if projection == ALL_ROWS else target.layout.projections[projection]
             self._blocks.append(
-                _Block(target=target, projection=projection, name=name, rows=rows, columns=block, a=a[block], b=b)
+                _Block(
+                    target=target,
+                    projection=projection,
+                    name=name,
+                    rows=rows,
+                    columns=block,
+                    a_at=a_at,
+                    b_at=b_at,
+                    b_shape=b_shape,
+                )
             )
 
     @torch.no_grad()
@@ -220,7 +255,7 @@ class AdapterShard:
             generator = torch.Generator().manual_seed(_seed(self.spec.seed, f"{target.layer}.{block.name}"))
             full = torch.empty(self.spec.rank, target.full_in_features).uniform_(-bound, bound, generator=generator)
             offset = target.adapters.feature_offset
-            block.a.copy_(full[:, offset : offset + target.adapters.in_features])
+            block.a(self.master).copy_(full[:, offset : offset + target.adapters.in_features])
         self.refresh()
 
 

@@ -17,7 +17,7 @@ def gather_factors(pieces: Sequence[FactorPiece], groups: Groups) -> Factors | N
     Replicas hold the same values: the first one's are taken.
     """
     mine = list(pieces) if groups.dp_rank == 0 else []
-    gathered = groups.gather(mine)
+    gathered = groups.gather(mine, groups.saves)
     return None if gathered is None else assemble(piece for part in gathered for piece in part)
 
 

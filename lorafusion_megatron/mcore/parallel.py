@@ -22,7 +22,11 @@ class Groups:
     model: dist.ProcessGroup
     """All tensor and pipeline ranks of one replica: the norm of an adapter is over these."""
     objects: dist.ProcessGroup
-    """gloo, all ranks: plans, reports, exported tensors."""
+    """gloo, all ranks: plans and reports, from the main thread."""
+    saves: dist.ProcessGroup
+    """gloo, all ranks: shards on their way to a file, from the saving thread."""
+    votes: dist.ProcessGroup
+    """gloo, all ranks: whether to stop."""
     tp_rank: int
     tp_size: int
     pp_rank: int
@@ -42,10 +46,10 @@ class Groups:
         dist.broadcast_object_list(box, src=0, group=self.objects)
         return box[0]
 
-    def gather(self, value: Any) -> list[Any] | None:
-        """Every rank's value on rank 0, by rank; None elsewhere."""
+    def gather(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any] | None:
+        """Every rank's value on rank 0, by rank; None elsewhere. ``group``: objects, unless given."""
         out: list[Any] | None = [None] * dist.get_world_size() if self.is_first else None
-        dist.gather_object(value, out, dst=0, group=self.objects)
+        dist.gather_object(value, out, dst=0, group=group or self.objects)
         return out
 
 
@@ -84,6 +88,8 @@ def start(topology: Topology, *, device: str, seed: int, timeout_minutes: float)
         data=parallel_state.get_data_parallel_group(),
         model=parallel_state.get_model_parallel_group(),
         objects=dist.new_group(backend="gloo", timeout=timeout),
+        saves=dist.new_group(backend="gloo", timeout=timeout),
+        votes=dist.new_group(backend="gloo", timeout=timeout),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),

@@ -43,15 +43,38 @@ class _Pending:
     work: dist.Work | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepSnapshot:
+    """A copy of one job's state on this rank between two optimizer steps."""
+
+    master: torch.Tensor
+    """fp32 ``[numel]``, as are the moments."""
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+    counters: "StepCounters"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCounters:
+    """What of a job's state is the same on every rank."""
+
+    applied: int
+    """Optimizer steps done, the skipped ones included."""
+    optimizer_steps: int
+    """Steps that AdamW took: its bias correction counts these."""
+    bad_steps: int
+    """Skipped steps in a row."""
+    stopped: bool
+
+
 class AdapterSteps:
     """The optimizer steps of one job on this rank. Every rank of a replica calls it in the same order."""
 
-    def __init__(self, slot: int, shard: AdapterShard, rule: StepRule, groups: Groups) -> None:
-        self.slot, self.shard, self.rule, self.groups = slot, shard, rule, groups
+    def __init__(self, job: int, shard: AdapterShard, rule: StepRule, groups: Groups) -> None:
+        self.job, self.shard, self.rule, self.groups = job, shard, rule, groups
         self.applied = 0
-        """Steps done, the skipped ones included."""
+        self.optimizer_steps = 0
         self.bad_steps = 0
-        """Skipped steps in a row."""
         self.stopped = False
         self._pending: _Pending | None = None
         parameter = torch.nn.Parameter(shard.master, requires_grad=True)
@@ -65,6 +88,51 @@ class AdapterSteps:
             foreach=False,
             fused=shard.master.is_cuda,
         )
+
+    @property
+    def counters(self) -> StepCounters:
+        """The counts of this job."""
+        return StepCounters(
+            applied=self.applied,
+            optimizer_steps=self.optimizer_steps,
+            bad_steps=self.bad_steps,
+            stopped=self.stopped,
+        )
+
+    def snapshot(self) -> StepSnapshot:
+        """Copy masters and moments as they are now, on the device; no step may be half applied."""
+        exp_avg, exp_avg_sq = self._moments()
+        return StepSnapshot(
+            master=self.shard.master.clone(),
+            exp_avg=exp_avg.clone(),
+            exp_avg_sq=exp_avg_sq.clone(),
+            counters=self.counters,
+        )
+
+    @torch.no_grad()
+    def restore(self, counters: StepCounters) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take counts from a snapshot; returns the moments' flat buffers for the caller to fill."""
+        self.applied, self.bad_steps, self.stopped = counters.applied, counters.bad_steps, counters.stopped
+        self.optimizer_steps = counters.optimizer_steps
+        parameter = self.optimizer.param_groups[0]["params"][0]
+        step = torch.tensor(
+            float(counters.optimizer_steps), device=parameter.device if self.shard.master.is_cuda else "cpu"
+        )
+        moments = torch.zeros_like(self.shard.master), torch.zeros_like(self.shard.master)
+        self.optimizer.state[parameter] = {"step": step, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
+        return moments
+
+    def discard_gradient(self) -> None:
+        """Forget what microbatches of an unfinished step left."""
+        assert self._pending is None
+        self.shard.grad.zero_()
+
+    def _moments(self) -> tuple[torch.Tensor, torch.Tensor]:
+        parameter = self.optimizer.param_groups[0]["params"][0]
+        state = self.optimizer.state.get(parameter)
+        if not state:
+            return torch.zeros_like(self.shard.master), torch.zeros_like(self.shard.master)
+        return state["exp_avg"], state["exp_avg_sq"]
 
     @property
     def pending(self) -> bool:
@@ -117,10 +185,11 @@ class AdapterSteps:
         self.stopped = self.stopped or self.bad_steps >= self.rule.max_bad_steps
         self.shard.grad.zero_()
         return StepReport(
-            job=self.slot, step=pending.step, loss=loss, grad_norm=norm, lr=lr, skipped=not finite or self.stopped
+            job=self.job, step=pending.step, loss=loss, grad_norm=norm, lr=lr, skipped=not finite or self.stopped
         )
 
     def _step(self, norm: float, lr: float) -> None:
+        self.optimizer_steps += 1
         if not self.shard.numel:
             return
         if self.rule.clip_grad > 0:

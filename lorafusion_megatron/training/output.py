@@ -1,5 +1,6 @@
 """The files of a run: adapters in PEFT's format, losses, a metrics line per optimizer step, the timeline."""
 
+import contextlib
 import json
 import os
 import time
@@ -22,11 +23,24 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class MetricsLog:
-    """``metrics.jsonl``: one line per optimizer step of any job, flushed as it happens."""
+    """``metrics.jsonl``: one line per optimizer step of any job, flushed as it happens.
 
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    Args:
+        folder: the run's folder.
+        applied: name of each job of the checkpoint that a run goes on from -> its steps done; lines of later steps
+            are dropped, since these are trained again. Empty for a run that begins afresh: the file begins anew.
+    """
+
+    def __init__(self, folder: Path, applied: Mapping[str, int]) -> None:
+        path = folder / "metrics.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_was_done(line, applied)]
+            temporary = path.with_name(".metrics.jsonl")
+            temporary.write_text("".join(line + "\n" for line in kept))
+            temporary.replace(path)
         self._file = path.open("a")
+        self._failed = False
 
     def step(self, report: StepReport, *, name: str, tokens: int, label_tokens: int, samples: int) -> None:
         """Append the line of a step."""
@@ -42,12 +56,27 @@ class MetricsLog:
             "tokens": tokens,
             "label_tokens": label_tokens,
         }
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            # A full disk must not end the run; said once, the adapters' own messages follow.
+            if not self._failed:
+                print(f"metrics.jsonl could not be written ({error}); the run goes on", flush=True)
+            self._failed = True
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+def _step_was_done(line: str, applied: Mapping[str, int]) -> bool:
+    try:
+        value = json.loads(line)
+        return bool(value["step"] <= applied.get(value["job"], -1))
+    except (ValueError, KeyError, TypeError):  # a line that a kill cut off
+        return False
 
 
 def chrome_trace(spans: Sequence[Mapping[str, Any]], stage_names: Sequence[str]) -> dict[str, Any]:

@@ -1,31 +1,33 @@
 """A whole run: checks first, then process groups, then the trainer."""
 
 import os
+import warnings
 
 import torch
 
 from ..config.run import RunConfig
-from ..mcore.quiet import quiet_megatron
 from .progress import make_progress
 from .setup import prepare
+from .signals import EXIT_STOPPED, StopRequest
 
 
 def train_run(run: RunConfig) -> int:
     """Train all jobs of a run on this rank.
 
     Returns:
-        0 when every job ended.
+        0 when every job ended; `signals.EXIT_STOPPED` where a signal ended the run after its state was saved.
 
     Raises:
         UserError: the run can't start as it is; no process group was made and nothing was written.
     """
-    quiet_megatron()
     prepared = prepare(run)
+    _quiet_megatron()
     from ..mcore import parallel
     from .trainer import Trainer
 
     if prepared.device == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    stop = StopRequest()
     groups = parallel.start(
         prepared.topology,
         device=prepared.device,
@@ -40,8 +42,21 @@ def train_run(run: RunConfig) -> int:
             f"{len(run.jobs)} jobs on {prepared.device}: {prepared.transformer_impl} layers "
             f"({prepared.transformer_reason}), {prepared.backend.name} adapters"
         )
-        Trainer(prepared, groups, progress).train()
+        for note in prepared.notes:
+            progress.note(note)
+        done = Trainer(prepared, groups, progress, stop).train()
+        if not done and stop.signal is not None:
+            progress.note(f"stopped by {stop.signal.name}; the state is saved: start the same command again to go on")
+        elif not done:
+            progress.note("stopped on another rank's signal; the state is saved: start the same command again to go on")
     finally:
         progress.close()
+        stop.restore()
         parallel.stop()
-    return 0
+    return 0 if done else EXIT_STOPPED
+
+
+def _quiet_megatron() -> None:
+    """Megatron warns at import, once a module, that Apex and Transformer Engine are missing; `train` says so itself."""
+    for message in (".*Apex (is|are) not installed.*", "Transformer Engine and Apex are not installed.*"):
+        warnings.filterwarnings("ignore", message=message, category=UserWarning)

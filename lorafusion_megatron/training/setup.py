@@ -8,15 +8,16 @@ import torch
 
 from ..config.run import RunConfig
 from ..data.dataset import JobDataset
-from ..data.order import GlobalBatches
 from ..errors import UserError
 from ..lora.autograd import Backend
 from ..lora.bank import LinearLayout
+from ..models.checkpoint import check_base_weights
 from ..models.config import read_model_spec
-from ..models.projections import resolve_targets, row_of_projection, row_projection, target_linears
+from ..models.projections import row_of_projection, row_projection, target_linears
 from ..types import ModelSpec, Topology
-from .inputs import job_batches, load_job_dataset
-from .loggers import check_loggers
+from .checks import check_dataset, check_run
+from .initial import check_initial_adapters
+from .inputs import load_eval_dataset, load_job_dataset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,19 +27,18 @@ class Prepared:
     run: RunConfig
     spec: ModelSpec
     topology: Topology
-    datasets: dict[int, JobDataset]
-    sources: dict[int, GlobalBatches]
+    datasets: dict[str, JobDataset]
+    """Training rows of each job of the run file, by name."""
     device: str
     transformer_impl: str
     transformer_reason: str
     """Why that implementation, where the run file left it to us."""
     backend: Backend
     layers_per_chunk: tuple[int, ...]
-
-    @property
-    def padding_multiple(self) -> int:
-        """Rows that each job's part of a microbatch is padded to."""
-        return math.lcm(self.run.runtime.padding_multiple or 1, self.backend.tile)
+    padding_multiple: int
+    """Rows that each job's part of a microbatch is padded to."""
+    notes: tuple[str, ...]
+    """What is allowed but may surprise: rows that train nothing, keys without effect."""
 
     @property
     def row_multiple(self) -> int:
@@ -52,24 +52,39 @@ def prepare(run: RunConfig) -> Prepared:
     Raises:
         UserError: whatever is wrong.
     """
-    check_loggers(run.logger)
     spec = read_model_spec(run.base_model.path)
-    topology = run.topology(world_size())
-    datasets = {i: load_job_dataset(run, i, vocab_size=spec.vocab_size) for i in range(len(run.jobs))}
+    notes = check_run(run, spec)
+    check_base_weights(run.base_model.path, spec)
+    check_initial_adapters(run, spec)
     device = choose_device(run)
     transformer_impl, reason = choose_transformer(run, device)
+    backend = choose_backend(run, device)
+    padding = math.lcm(run.runtime.padding_multiple or 1, backend.tile)
+    datasets = {}
+    for index, job in enumerate(run.jobs):
+        datasets[job.name] = load_job_dataset(run, index, vocab_size=spec.vocab_size)
+        notes += check_dataset(run, spec, index, datasets[job.name], padding_multiple=padding)
+        validation = load_eval_dataset(run, index, vocab_size=spec.vocab_size)
+        if validation is not None:
+            notes += check_dataset(run, spec, index, validation, padding_multiple=padding, section="eval")
     return Prepared(
         run=run,
         spec=spec,
-        topology=topology,
+        topology=run.topology(world_size()),
         datasets=datasets,
-        sources={i: job_batches(run, i, dataset) for i, dataset in datasets.items()},
+        notes=tuple(notes),
         device=device,
         transformer_impl=transformer_impl,
         transformer_reason=reason,
-        backend=choose_backend(run, device),
-        layers_per_chunk=even_layout(spec.num_layers, run.model.chunks),
+        backend=backend,
+        padding_multiple=padding,
+        layers_per_chunk=_layers(run, spec),
     )
+
+
+def _layers(run: RunConfig, spec: ModelSpec) -> tuple[int, ...]:
+    layout = run.model.pipeline_layout
+    return even_layout(spec.num_layers, run.model.chunks) if layout == "auto" else layout
 
 
 def even_layout(num_layers: int, chunks: int) -> tuple[int, ...]:
@@ -152,16 +167,14 @@ def choose_transformer(run: RunConfig, device: str) -> tuple[str, str]:
     return "local", reason
 
 
-def linear_layouts(spec: ModelSpec, run: RunConfig, tp_rank: int, tp_size: int) -> dict[str, LinearLayout]:
-    """The linears that some job targets, with the layout of this rank's rows."""
-    wanted = {name for job in run.jobs for name in resolve_targets(spec, job.peft.target_modules)}
-    out = {}
-    for name, linear in target_linears(spec).items():
-        if name in wanted:
-            out[name] = LinearLayout(
-                projections=tuple(projection.name for projection in linear.projections),
-                projection_rows=tuple(projection.out_features for projection in linear.projections),
-                row_projection=torch.from_numpy(row_projection(spec, name, tp_rank, tp_size)),
-                row_index=torch.from_numpy(row_of_projection(spec, name, tp_rank, tp_size)),
-            )
-    return out
+def linear_layouts(spec: ModelSpec, tp_rank: int, tp_size: int) -> dict[str, LinearLayout]:
+    """Every linear that a job may target, with the layout of this rank's rows."""
+    return {
+        name: LinearLayout(
+            projections=tuple(projection.name for projection in linear.projections),
+            projection_rows=tuple(projection.out_features for projection in linear.projections),
+            row_projection=torch.from_numpy(row_projection(spec, name, tp_rank, tp_size)),
+            row_index=torch.from_numpy(row_of_projection(spec, name, tp_rank, tp_size)),
+        )
+        for name, linear in target_linears(spec).items()
+    }

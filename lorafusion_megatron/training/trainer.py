@@ -1,44 +1,36 @@
-"""The loop: plan a window, run it through Megatron's schedule, write what its steps produced."""
+"""The loop: decide, validate, plan a window, run it through Megatron's schedule, save on the side."""
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from ..config.build import Builder
+from ..config.job import JobConfig
 from ..data.collate import collate
-from ..lora.bank import AdapterShard, FactorPiece
+from ..data.dataset import JobDataset
 from ..mcore.batch import device_batch
-from ..mcore.build import BuildOptions, build_chunks, canonical_parameters
-from ..mcore.gather import gather_factors
-from ..mcore.inject import inject
 from ..mcore.parallel import Groups
-from ..mcore.steps import AdapterSteps, StepRule
+from ..mcore.stop import StopVote
 from ..mcore.stream import DeviceBatch, StreamRunner, WindowResult
-from ..models.adapter import load_initial_adapter, write_adapter
-from ..models.load import load_base_weights
 from ..scheduler.build import PlanOptions, build_schedule
-from ..types import Schedule, StepReport
-from .adapters import from_peft, to_peft
+from ..scheduler.trim import trim_schedule
+from ..types import Microbatch, Schedule, StepReport
+from .checkpoints import CheckpointWriter
+from .evaluate import mean_losses, plan_evaluation
+from .inputs import job_batches, load_eval_dataset, load_job_dataset
+from .jobs import Job
+from .lifecycle import Inbox
 from .loggers import Loggers
 from .output import MetricsLog, chrome_trace, write_json
 from .progress import Progress
-from .setup import Prepared, linear_layouts
+from .rack import AdapterRack
+from .resume import Resumed, find_resume
+from .saver import PlanPosition, SaveItem, Saver, plan_saves
+from .setup import Prepared
+from .signals import StopRequest
 from .windows import window_shares
-
-
-@dataclass(kw_only=True)
-class _JobState:
-    """Where a job stands; the same on every rank."""
-
-    num_steps: int
-    planned: int = 0
-    """Steps that are in a window already."""
-    losses: list[float] = field(default_factory=list)
-    snapshots: dict[int, list[FactorPiece]] = field(default_factory=dict)
-    """Step -> this rank's part of the adapter as it was then; written at the end of the window."""
 
 
 class Trainer:
@@ -48,158 +40,366 @@ class Trainer:
         prepared: the checked run.
         groups: this rank's process groups.
         progress: where steps and windows are shown (rank 0).
+        stop: whether a signal asked to stop.
     """
 
-    def __init__(self, prepared: Prepared, groups: Groups, progress: Progress) -> None:
-        self.prepared, self.groups, self.progress = prepared, groups, progress
-        run = prepared.run
-        self.folder = Path(run.checkpoint.save)
-        self.names = [job.name for job in run.jobs]
-        self.jobs = {index: _JobState(num_steps=source.num_steps) for index, source in prepared.sources.items()}
-        self.chunks, self.steps = self._build()
-        self.runner = StreamRunner(self.chunks, self.steps, on_step=self._on_step)
-        self.metrics = MetricsLog(self.folder / "metrics.jsonl") if groups.is_first else None
-        self.loggers = Loggers(run) if groups.is_first else None
-        self.windows: list[dict[str, Any]] = []
+    def __init__(self, prepared: Prepared, groups: Groups, progress: Progress, stop: StopRequest) -> None:
+        self.prepared, self.groups, self.progress, self.stop = prepared, groups, progress, stop
+        self.run = prepared.run
+        self.folder = Path(self.run.checkpoint.save)
+        self.jobs: dict[int, Job] = {}
+        self.rack = AdapterRack(prepared, groups)
+        self.runner = StreamRunner(
+            self.rack.chunks, self.rack.steps, on_applied=self._on_applied, on_report=self._on_report
+        )
         self.spans: list[dict[str, Any]] = []
-
-    def train(self) -> None:
-        """Train every job to its end and write its adapter."""
-        while any(state.planned < state.num_steps for state in self.jobs.values()):
-            schedule = self._plan()
-            self.progress.window(schedule, self.names)
-            result = self.runner.run(schedule, lambda schedule=schedule: self._batches(schedule))
-            self._write_snapshots()
-            self._close_window(schedule, result)
-        if self.groups.is_first:
-            stages = [f"stage {stage}" for stage in range(self.groups.pp_size)]
-            write_json(self.folder / "trace.json", chrome_trace(self.spans, stages))
-        if self.metrics:
-            self.metrics.close()
-        if self.loggers:
-            self.loggers.close()
-
-    def _build(self) -> tuple[list[torch.nn.Module], dict[int, AdapterSteps]]:
-        """Frozen model with its weights, adapters with their first values, optimizers."""
-        prepared, groups = self.prepared, self.groups
-        run, spec = prepared.run, prepared.spec
-        dtype = getattr(torch, run.base_model.dtype)
-        options = BuildOptions(
-            dtype=dtype,
-            device=groups.device,
-            layers_per_chunk=prepared.layers_per_chunk,
-            transformer_impl=prepared.transformer_impl,
-            recompute_granularity=run.model.recompute_granularity,
+        resumed = find_resume(self.run, groups, self._shape(), progress.note)
+        self.window, self._left = resumed.window, resumed.schedule
+        self._mount_all(resumed)
+        self.metrics = MetricsLog(self.folder, resumed.applied_by_name()) if groups.is_first else None
+        self.loggers = Loggers(self.run, resumed=resumed.path is not None) if groups.is_first else None
+        self.inbox = Inbox(self.folder, progress.note)
+        self.writer = CheckpointWriter(
+            self.folder,
+            self.jobs,
+            self._adapter_spec,
+            prepared.spec,
+            self.run.base_model.path,
+            keep=self.run.checkpoint.keep,
+            keep_steps=self.run.checkpoint.save_interval is not None,
+            is_first=groups.is_first,
+            note=progress.note,
         )
-        chunks = build_chunks(spec, prepared.topology, options)
-        load_base_weights(
-            run.base_model.path, spec, canonical_parameters(chunks), tp_rank=groups.tp_rank, tp_size=groups.tp_size
-        )
-        targets = inject(
-            chunks,
-            linear_layouts(spec, run, groups.tp_rank, groups.tp_size),
-            backend=prepared.backend,
-            tp_rank=groups.tp_rank,
-            tp_size=groups.tp_size,
-        )
-        steps = {}
-        for index, job in enumerate(run.jobs):
-            adapter = run.adapter_spec(index)
-            shard = AdapterShard(adapter, targets, dtype=dtype)
-            if job.peft.init_from is not None:
-                tensors = load_initial_adapter(job.peft.init_from, spec, adapter, key=f"jobs[{index}].peft.init_from")
-                shard.load(from_peft(tensors, adapter, spec))
-            shard.attach(index)
-            steps[index] = AdapterSteps(index, shard, self._rule(index), groups)
-        return chunks, steps
+        self.writer.last_state = str(resumed.path) if resumed.path else None
+        self.saver = Saver(groups, write_adapter=self.writer.adapter, write_state=self.writer.state)
 
-    def _rule(self, index: int) -> StepRule:
-        job, total = self.prepared.run.jobs[index], self.jobs[index].num_steps
-        return StepRule(
-            lr_at=lambda step: job.lr_at(step, total),
-            betas=(job.optimizer.adam_beta1, job.optimizer.adam_beta2),
-            eps=job.optimizer.adam_eps,
-            weight_decay=job.optimizer.weight_decay,
-            clip_grad=job.optimizer.clip_grad,
-            max_bad_steps=job.train.max_bad_steps,
-        )
+    def train(self) -> bool:
+        """Train until every job has ended or a signal asks to stop.
 
-    def _plan(self) -> Schedule:
-        """The next window: made on rank 0, the same on all ranks."""
-        prepared, runtime = self.prepared, self.prepared.run.runtime
-        remaining = {
-            job: state.num_steps - state.planned for job, state in self.jobs.items() if state.planned < state.num_steps
-        }
-        tokens = {
-            job: float(prepared.datasets[job].lengths.mean() * prepared.sources[job].global_batch_size)
-            for job in remaining
-        }
-        budget = float(runtime.max_window_microbatches * runtime.token_capacity * prepared.topology.data_parallel)
+        Returns:
+            Whether every job ended.
+        """
+        stopped = False
+        while not stopped:
+            if self._left is None:
+                self._between_windows()
+            schedule = self._left or self._plan()
+            if schedule is None:
+                break
+            stopped = self._run_window(schedule)
+        if not stopped:
+            self._save_state(None)
+        self.saver.finish()
+        self._close(stopped)
+        return not stopped
+
+    # ------------------------------------------------------------------ windows
+
+    def _run_window(self, schedule: Schedule) -> bool:
+        """Run one window, or what a resume left of it; True where the ranks agreed to stop."""
+        applied = {index: steps.applied for index, steps in self.rack.steps.items()}
+        self._left = None
+        pipeline = self.prepared.topology.pipeline_parallel
+        chunks = len(self.rack.chunks)
+        rest = trim_schedule(schedule, self._all_applied(), multiple=pipeline if chunks > 1 else 1)
+        where = self._position(schedule)
+        skipped = schedule.num_microbatches - rest.num_microbatches
+        interval = self.run.checkpoint.save_interval
+        items = plan_saves(rest, applied, {i: job.num_steps for i, job in self.jobs.items()}, interval, where)
+        for item in items:
+            item.cut = None if item.cut is None else item.cut + skipped
+        self.saver.expect(items)
+        for index in self.rack.steps:
+            self._offer(index)
+        self.progress.window(rest, self._names())
+        vote = StopVote(
+            self.groups, self.stop.wished, lead=2 * pipeline * chunks, interval=max(8, 2 * pipeline * chunks)
+        )
+        result = self.runner.run(rest, lambda: self._batches(rest, applied), noop=self._noop(), vote=vote)
+        stopped = vote.finish()
+        self.saver.close_window()
+        self._close_window(rest, result)
+        if stopped:
+            cut = None if result.cut is None else schedule
+            self._save_state(cut)
+        else:
+            self.window += 1
+        return stopped
+
+    def _between_windows(self) -> None:
+        """What happens with the pipeline empty: jobs come and go, adapters are validated, ended jobs leave."""
+        self._evaluate()
+        for job in list(self.jobs.values()):
+            if job.slot is not None:
+                self._settle(job)
+        statuses = {job.name: job.status for job in self.jobs.values()}
+        events = self.inbox.decide(self.window, statuses, self._check_new) if self.groups.is_first else None
+        for event in self.groups.broadcast(events):
+            self._obey(event)
+        self._release()
+
+    def _settle(self, job: Job) -> None:
+        """Give a mounted job the status that its last window left it with."""
+        steps = self.rack.steps[job.index]
+        if steps.stopped and job.live:
+            job.status = "stopped"
+            job.reason = f"{steps.bad_steps} steps in a row without a finite gradient"
+            self.progress.note(
+                f"{job.name} is stopped after step {job.applied}: {job.reason}; its last good adapter is kept"
+            )
+        elif job.live and job.applied >= job.num_steps:
+            job.status = "finished"
+        elif job.live and job.out_of_patience():
+            job.status = "finished"
+            job.reason = f"no better validation loss {job.config.eval.patience} times in a row"
+            self.progress.note(f"{job.name} ends early at step {job.applied}: {job.reason}")
+
+    def _obey(self, event: dict[str, Any]) -> None:
+        """Carry out one decision of rank 0, on every rank."""
+        if event["op"] == "add":
+            self._add(Builder(self.folder / "inbox").section(JobConfig, event["job"], event["name"]))
+            return
+        job = next(job for job in self.jobs.values() if job.name == event["name"])
+        job.status = {"pause": "paused", "resume": "running", "cancel": "cancelled"}[event["op"]]
+        job.reason = "" if event["op"] == "resume" else "asked for"
+        self.progress.note(f"{job.name} is {job.status} at step {job.applied}")
+
+    def _release(self) -> None:
+        """Take ended jobs off the model once their last adapter is written."""
+        ended = [job for job in self.jobs.values() if job.slot is not None and not job.live]
+        if not ended:
+            return
+        last = [
+            SaveItem(wants={job.index: job.applied})
+            for job in ended
+            if job.status != "finished" or job.reason or job.index in self.writer.unsaved
+        ]
+        self.saver.expect(self.groups.broadcast(last))
+        for job in ended:
+            self._offer(job.index)
+        self.saver.close_window()
+        self.saver.drain()
+        unsaved = self.groups.broadcast(self.writer.unsaved)
+        for job in ended:
+            if job.index not in unsaved:
+                self.rack.unmount(job)
+                job.dataset = job.source = job.eval_dataset = None
+
+    def _plan(self) -> Schedule | None:
+        """The next window, made on rank 0, the same on all ranks; None where no job is left to train."""
+        runtime = self.run.runtime
+        running = [job for job in self.jobs.values() if job.status == "running"]
+        if not running:
+            return None
+        remaining = {job.index: job.num_steps - job.applied for job in running}
+        tokens = {job.index: _tokens_per_step(job) for job in running}
+        budget = float(runtime.max_window_microbatches * runtime.token_capacity * self.groups.dp_size)
         shares = window_shares(remaining, tokens, budget)
         schedule = None
         if self.groups.is_first:
             batches = [
-                [prepared.sources[job].batch(self.jobs[job].planned + 1 + i) for i in range(count)]
-                for job, count in shares.items()
+                [job.source.batch(job.applied + 1 + i) for i in range(min(shares[job.index], job.steps_until_eval()))]
+                for job in running
+                if job.source is not None
             ]
-            schedule = build_schedule(
-                batches,
-                PlanOptions(
-                    token_capacity=runtime.token_capacity,
-                    padding_multiple=prepared.padding_multiple,
-                    stages=prepared.topology.pipeline_parallel,
-                    virtual_stages=prepared.topology.virtual_pipeline or 1,
-                    replicas=prepared.topology.data_parallel,
-                    schedule=runtime.schedule,
-                ),
-            )
-        for job, count in shares.items():
-            self.jobs[job].planned += count
+            schedule = build_schedule(batches, self._options())
         return self.groups.broadcast(schedule)
 
-    def _batches(self, schedule: Schedule) -> Iterator[DeviceBatch]:
-        """This replica's microbatches, in order."""
-        prepared = self.prepared
-        seeds = {index: prepared.run.job_seed(index) for index in self.jobs}
-        slots = {index: index for index in self.jobs}
-        for microbatch in schedule.replicas[self.groups.dp_rank]:
-            packed = collate(
-                microbatch, prepared.datasets, prepared.padding_multiple, row_multiple=prepared.row_multiple
-            )
-            yield device_batch(packed, seeds=seeds, slots=slots, tile=prepared.backend.tile, device=self.groups.device)
+    def _options(self) -> PlanOptions:
+        runtime, topology = self.run.runtime, self.prepared.topology
+        return PlanOptions(
+            token_capacity=runtime.token_capacity,
+            padding_multiple=self.prepared.padding_multiple,
+            stages=topology.pipeline_parallel,
+            virtual_stages=topology.virtual_pipeline or 1,
+            replicas=topology.data_parallel,
+            schedule=runtime.schedule,
+        )
 
-    def _on_step(self, report: StepReport) -> None:
+    def _batches(self, schedule: Schedule, applied: dict[int, int]) -> Iterator[DeviceBatch]:
+        """This replica's microbatches, in order; samples of steps that are done already have weight 0."""
+        datasets = {index: job.dataset for index, job in self.jobs.items() if job.dataset is not None}
+        for microbatch in schedule.replicas[self.groups.dp_rank]:
+            done = {sample.job: applied[sample.job] for sample in microbatch.samples}
+            yield self._batch(microbatch, datasets, done)
+
+    def _batch(
+        self,
+        microbatch: Microbatch,
+        datasets: dict[int, JobDataset],
+        done: dict[int, int] | None = None,
+        *,
+        validation: bool = False,
+    ) -> DeviceBatch:
+        packed = collate(microbatch, datasets, self.prepared.padding_multiple, row_multiple=self.prepared.row_multiple)
+        for job, steps in (done or {}).items():
+            packed.loss_weights[(packed.row_job == job) & (packed.row_step <= steps)] = 0.0
+        jobs = {sample.job for sample in microbatch.samples}
+        return device_batch(
+            packed,
+            seeds={job: self.run.job_seed(job) for job in jobs},
+            slots={job: self._slot(job) + validation for job in jobs},
+            tile=self.prepared.backend.tile,
+            device=self.groups.device,
+        )
+
+    def _slot(self, job: int) -> int:
+        slot = self.jobs[job].slot
+        assert slot is not None
+        return slot
+
+    def _noop(self) -> DeviceBatch:
+        return self._batch(Microbatch(), {})
+
+    # ------------------------------------------------------------------ steps
+
+    def _on_applied(self, index: int, step: int) -> None:
         """A job's step was applied on this stage."""
-        state, run = self.jobs[report.job], self.prepared.run
-        state.losses.append(report.loss)
-        interval = run.checkpoint.save_interval
-        if report.step == state.num_steps or (interval and report.step % interval == 0):
-            state.snapshots[report.step] = self.steps[report.job].shard.pieces()
-        if self.metrics and self.loggers:
-            batch = self.prepared.sources[report.job].batch(report.step)
+        self.jobs[index].applied = step
+        self._offer(index)
+
+    def _offer(self, index: int) -> None:
+        steps = self.rack.steps[index]
+        self.saver.offer(index, steps.applied, self.rack.shards[index], steps.snapshot)
+
+    def _on_report(self, report: StepReport) -> None:
+        """What a job's step did is known."""
+        job = self.jobs[report.job]
+        job.losses.append(report.loss)
+        if self.metrics and self.loggers and job.source is not None:
+            batch = job.source.batch(report.step)
             tokens = sum(sample.tokens for sample in batch.samples)
             counts = {"tokens": tokens, "label_tokens": batch.label_tokens, "samples": len(batch.samples)}
-            self.metrics.step(report, name=self.names[report.job], **counts)
-            self.loggers.step(report, name=self.names[report.job], **counts)
-            self.progress.step(report, name=self.names[report.job], total=state.num_steps, tokens=tokens)
+            self.metrics.step(report, name=job.name, **counts)
+            self.loggers.step(report, name=job.name, **counts)
+            self.progress.step(report, name=job.name, total=job.num_steps, tokens=tokens)
 
-    def _write_snapshots(self) -> None:
-        """Write the adapters that steps of this window left; every rank takes part in gathering them."""
-        run = self.prepared.run
-        for index, state in self.jobs.items():
-            for step, pieces in sorted(state.snapshots.items()):
-                factors = gather_factors(pieces, self.groups)
-                if factors is None:
-                    continue
-                adapter = run.adapter_spec(index)
-                tensors = to_peft(factors, self.prepared.spec)
-                folder = self.folder / self.names[index]
-                write_adapter(folder, adapter, run.base_model.path, tensors)
-                write_json(folder / "losses.json", state.losses[:step])
-                if run.checkpoint.save_interval:
-                    write_adapter(folder / f"step_{step}", adapter, run.base_model.path, tensors)
-                    _drop_old_steps(folder, run.checkpoint.keep)
-            state.snapshots.clear()
+    def _evaluate(self) -> None:
+        """Validate the jobs that are due, with the pipeline empty."""
+        due = {i: j.eval_dataset for i, j in self.jobs.items() if j.slot is not None and j.live and j.eval_due()}
+        datasets = {index: dataset for index, dataset in due.items() if dataset is not None}
+        if not datasets:
+            return
+        schedule = self.groups.broadcast(plan_evaluation(datasets, self._options()) if self.groups.is_first else None)
+        microbatches = schedule.replicas[self.groups.dp_rank]
+        sums = self.runner.evaluate(
+            lambda: (self._batch(microbatch, datasets, validation=True) for microbatch in microbatches),
+            len(microbatches),
+            schedule.token_capacity,
+        )
+        items = []
+        for index, loss in mean_losses(sums, sorted(datasets), self.groups).items():
+            job = self.jobs[index]
+            job.evals.append((job.applied, loss))
+            best = job.best_eval() == (job.applied, loss)
+            self.progress.note(f"{job.name} step {job.applied}: validation loss {loss:.4f}{' (best)' if best else ''}")
+            if self.loggers:
+                self.loggers.evaluation(job.name, job.applied, loss)
+                write_json(self.folder / job.name / "evals.json", [{"step": s, "loss": v} for s, v in job.evals])
+            if best:
+                items.append(SaveItem(wants={index: job.applied}, best=True))
+        self.saver.expect(items)
+        for item in items:
+            self._offer(next(iter(item.wants)))
+        self.saver.close_window()
+
+    # ------------------------------------------------------------------ jobs and state
+
+    def _mount_all(self, resumed: Resumed) -> None:
+        """Make every job of the run file and of the checkpoint, in the order in which they came."""
+        self.run = resumed.run
+        for index, config in enumerate(self.run.jobs):
+            record = resumed.record(index)
+            dataset = self.prepared.datasets.get(config.name)
+            job = Job(index=index, config=config, dataset=dataset, source=None)
+            self.jobs[index] = job
+            if record is not None:
+                job.status, job.reason, job.added = record["status"], record["reason"], record["added"]
+                job.applied, job.losses = record["applied"], list(record["losses"])
+                job.evals = [(step, loss) for step, loss in record["evals"]]
+                job.num_steps = record["num_steps"]
+            if job.live or job.status == "finished":
+                self._mount(job, resumed)
+
+    def _mount(self, job: Job, resumed: Resumed | None) -> None:
+        """Load a job's data and put its adapter on the model, unless it has nothing left to train."""
+        vocabulary = self.prepared.spec.vocab_size
+        if job.dataset is None:
+            job.dataset = load_job_dataset(self.run, job.index, vocab_size=vocabulary)
+        job.source = job_batches(self.run, job.index, job.dataset)
+        job.num_steps = job.source.num_steps
+        counters = resumed.counters(job.index) if resumed else None
+        if counters is None and job.applied >= job.num_steps:
+            job.dataset = job.source = None
+            return
+        if job.status == "finished" and job.applied < job.num_steps and not job.reason:
+            job.status = "running"  # the run file gives it more steps than it had
+        job.eval_dataset = load_eval_dataset(self.run, job.index, vocab_size=vocabulary)
+        self.rack.mount(job, self._adapter_spec(job.index), resumed.path if resumed else None, counters)
+
+    def _add(self, config: JobConfig) -> None:
+        """A job that came while the run goes on."""
+        index = len(self.jobs)
+        self.run = replace(self.run, jobs=(*self.run.jobs, config))
+        job = Job(index=index, config=config, dataset=None, source=None, added=True)
+        self.jobs[index] = job
+        self._mount(job, None)
+        self.progress.note(f"{job.name} joins: {job.num_steps} steps")
+
+    def _check_new(self, config: JobConfig) -> None:
+        """Refuse a request that this model can't train (rank 0)."""
+        from .checks import check_dataset, check_run
+
+        run = replace(self.run, jobs=(*self.run.jobs, config))
+        check_run(run, self.prepared.spec)
+        index = len(run.jobs) - 1
+        dataset = load_job_dataset(run, index, vocab_size=self.prepared.spec.vocab_size)
+        check_dataset(run, self.prepared.spec, index, dataset, padding_multiple=self.prepared.padding_multiple)
+
+    def _save_state(self, schedule: Schedule | None) -> None:
+        """Queue a checkpoint of everything as it is now: inside ``schedule``, or between windows."""
+        where = self._position(schedule)
+        if schedule is None and self.window > 0:
+            where = replace(where, window=self.window - 1)
+        wants = {index: steps.applied for index, steps in self.rack.steps.items()}
+        item = SaveItem(wants=wants, cut=0, where=where)
+        if not wants:
+            item.ready.set()
+        self.saver.expect([item])
+        for index in self.rack.steps:
+            self._offer(index)
+        self.saver.close_window()
+
+    def _position(self, schedule: Schedule | None) -> PlanPosition:
+        return PlanPosition(
+            window=self.window,
+            schedule=schedule,
+            shape=self._shape(),
+            statuses={index: (job.status, job.reason) for index, job in self.jobs.items()},
+        )
+
+    def _shape(self) -> dict[str, Any]:
+        """What a schedule is made for: one that was made for another shape is not gone on with."""
+        topology, options = self.prepared.topology, self._options()
+        return {
+            "stages": topology.pipeline_parallel,
+            "virtual_stages": options.virtual_stages,
+            "replicas": topology.data_parallel,
+            "token_capacity": options.token_capacity,
+            "padding_multiple": options.padding_multiple,
+            "schedule": options.schedule,
+        }
+
+    def _adapter_spec(self, index: int) -> Any:
+        return self.run.adapter_spec(index)
+
+    def _names(self) -> list[str]:
+        return [job.name for job in self.jobs.values()]
+
+    def _all_applied(self) -> dict[int, int]:
+        return {index: job.applied for index, job in self.jobs.items()}
+
+    # ------------------------------------------------------------------ output
 
     def _close_window(self, schedule: Schedule, result: WindowResult) -> None:
         """Idle share of the stages' time in this window, and the timeline."""
@@ -209,29 +409,53 @@ class Trainer:
             return
         wall = max(r.stopped for *_, r in everyone) - min(r.started for *_, r in everyone)
         busy = sum(r.busy_seconds for *_, r in everyone) / len(everyone)
-        self.progress.window_done(bubble_share=max(0.0, 1.0 - busy / wall), seconds=wall)
+        share = max(0.0, 1.0 - busy / wall)
+        self.progress.window_done(bubble_share=share, seconds=wall)
+        self._write_status("running", bubble_share=share)
         for stage, replica, tensor, part in everyone:
-            if replica or tensor:
-                continue
-            for span in part.spans:
-                microbatch = schedule.replicas[0][span.position]
-                jobs = Counter(self.names[sample.job] for sample in microbatch.samples)
-                self.spans.append(
-                    {
-                        "stage": stage,
-                        "kind": span.kind,
-                        "name": f"{span.kind[0].upper()}{span.position} {'+'.join(jobs) or 'no-op'}",
-                        "start": span.start,
-                        "stop": span.stop,
-                        "args": {"chunk": span.chunk, "samples": dict(jobs)},
-                    }
-                )
+            if not replica and not tensor:
+                self.spans += [self._span(stage, span, schedule) for span in part.spans]
+
+    def _span(self, stage: int, span: Any, schedule: Schedule) -> dict[str, Any]:
+        microbatch = schedule.replicas[0][span.position]
+        jobs = Counter(self.jobs[sample.job].name for sample in microbatch.samples)
+        return {
+            "stage": stage,
+            "kind": span.kind,
+            "name": f"{span.kind[0].upper()}{span.position} {'+'.join(jobs) or 'no-op'}",
+            "start": span.start,
+            "stop": span.stop,
+            "args": {"chunk": span.chunk, "samples": dict(jobs)},
+        }
+
+    def _write_status(self, state: str, *, bubble_share: float | None = None) -> None:
+        jobs = [
+            {
+                "name": job.name,
+                "status": job.status,
+                "reason": job.reason,
+                "step": job.applied,
+                "num_steps": job.num_steps,
+            }
+            for job in self.jobs.values()
+        ]
+        status = {"state": state, "window": self.window, "bubble_share": bubble_share, "jobs": jobs}
+        try:
+            write_json(self.folder / "status.json", {**status, "last_checkpoint": self.writer.last_state})
+        except OSError as error:
+            self.progress.note(f"status.json could not be written ({error}); the run goes on")
+
+    def _close(self, stopped: bool) -> None:
+        if not self.groups.is_first:
+            return
+        stages = [f"stage {stage}" for stage in range(self.groups.pp_size)]
+        write_json(self.folder / "trace.json", chrome_trace(self.spans, stages))
+        self._write_status("stopped" if stopped else "done")
+        if self.metrics and self.loggers:
+            self.metrics.close()
+            self.loggers.close()
 
 
-def _drop_old_steps(folder: Path, keep: int) -> None:
-    """Keep the newest ``keep`` step folders."""
-    import shutil
-
-    steps = sorted((int(p.name.removeprefix("step_")), p) for p in folder.glob("step_*") if p.name[5:].isdigit())
-    for _, path in steps[:-keep]:
-        shutil.rmtree(path)
+def _tokens_per_step(job: Job) -> float:
+    assert job.dataset is not None
+    return float(job.dataset.lengths.mean()) * job.config.train.global_batch_size

@@ -1,0 +1,119 @@
+"""Writing and finding what an exact resume needs; the files' form is `state`'s, the thread is `saver`'s."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..mcore.gather import Factors
+from ..mcore.steps import StepCounters
+from ..models.adapter import write_adapter
+from ..types import AdapterSpec, ModelSpec
+from .adapters import to_peft
+from .jobs import Job
+from .output import write_json
+from .saver import PlanPosition, StateItem
+from .state import StateWriter, drop_old, sequences
+
+Note = Callable[[str], None]
+
+
+class CheckpointWriter:
+    """Rank 0's side of saving: adapters, losses and states under the run's folder.
+
+    A full disk is told and survived: the run goes on, and the last whole files stay.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        jobs: Mapping[int, Job],
+        adapter_of: Callable[[int], AdapterSpec],
+        model: ModelSpec,
+        base_model: Path,
+        *,
+        keep: int,
+        keep_steps: bool,
+        is_first: bool,
+        note: Note,
+    ) -> None:
+        self.folder, self._jobs, self._adapter_of = folder, jobs, adapter_of
+        self._model, self._base_model = model, base_model
+        self._keep, self._keep_steps, self._is_first, self._note = keep, keep_steps, is_first, note
+        self.unsaved: set[int] = set()
+        """Jobs whose newest adapter could not be written."""
+        self.last_state: str | None = None
+
+    def adapter(self, job: int, step: int, factors: Factors, best: bool) -> None:
+        """Write a job's adapter and its losses up to ``step``."""
+        entry, spec = self._jobs[job], self._adapter_of(job)
+        folder = self.folder / entry.name
+        tensors = to_peft(factors, self._model)
+        try:
+            if best:
+                write_adapter(folder / "best", spec, self._base_model, tensors)
+                return
+            write_adapter(folder, spec, self._base_model, tensors)
+            write_json(folder / "losses.json", entry.losses[:step])
+            if self._keep_steps:
+                write_adapter(folder / f"step_{step}", spec, self._base_model, tensors)
+                _drop_old_steps(folder, self._keep)
+            self.unsaved.discard(job)
+        except OSError as error:
+            self.unsaved.add(job)
+            self._note(f"{entry.name}: the adapter of step {step} could not be saved ({error}); the run goes on")
+
+    def state(self, item: StateItem) -> None:
+        """Write a checkpoint; every rank walks through its jobs, rank 0 writes."""
+        folder = self.folder / "state"
+        writer: StateWriter | None = None
+        counters: dict[int, StepCounters] = {}
+        failure: OSError | None = None
+        for job, counts, parts in item.jobs():
+            counters[job] = counts
+            if parts is None or failure is not None:
+                continue
+            try:
+                writer = writer or self._open(folder)
+                writer.job(self._jobs[job].name, parts)
+            except OSError as error:
+                failure = error
+        if not self._is_first:
+            return
+        try:
+            if failure is not None:
+                raise failure
+            writer = writer or self._open(folder)
+            schedule = item.where.schedule
+            inside = schedule is not None and item.cut < schedule.num_microbatches
+            if schedule is not None and inside:
+                writer.schedule(schedule)
+            self.last_state = str(writer.commit(self._manifest(item.where, inside, counters)))
+            drop_old(folder, self._keep)
+        except OSError as error:
+            if writer is not None:
+                writer.discard()
+            kept = self.last_state or "none"
+            self._note(f"a checkpoint could not be saved ({error}); the run goes on, the last whole one is {kept}")
+
+    def _open(self, folder: Path) -> StateWriter:
+        return StateWriter(folder, next(iter(sequences(folder)), 0) + 1)
+
+    def _manifest(self, where: PlanPosition, inside: bool, counters: Mapping[int, StepCounters]) -> dict[str, Any]:
+        jobs = []
+        for index, (status, reason) in where.statuses.items():
+            record, known = self._jobs[index].record(), counters.get(index)
+            if known is not None:
+                record = self._jobs[index].record(known.applied, status=status, reason=reason)
+                if known.stopped:
+                    record |= {"status": "stopped", "reason": "its gradient was not finite"}
+            jobs.append({**record, "counters": asdict(known) if known else None})
+        return {"window": where.window, "inside": inside, "shape": dict(where.shape), "jobs": jobs}
+
+
+def _drop_old_steps(folder: Path, keep: int) -> None:
+    """Keep the newest ``keep`` step folders."""
+    steps = sorted((int(p.name[5:]), p) for p in folder.glob("step_*") if p.name[5:].isdigit())
+    for _, path in steps[:-keep]:
+        shutil.rmtree(path)

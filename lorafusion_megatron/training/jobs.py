@@ -1,0 +1,106 @@
+"""The jobs of a run: what each is, where it stands, and the table of them that a checkpoint keeps."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..config.job import JobConfig
+from ..data.dataset import JobDataset
+from ..data.order import GlobalBatches
+
+Status = Literal["running", "paused", "finished", "stopped", "cancelled"]
+LIVE: tuple[Status, ...] = ("running", "paused")
+
+
+@dataclass(kw_only=True)
+class Job:
+    """One job on this rank; everything but the data is the same on every rank."""
+
+    index: int
+    """Number in the run, which its samples carry; never given to another job."""
+    config: JobConfig
+    dataset: JobDataset | None
+    """None for a job that needs no data any more."""
+    source: GlobalBatches | None
+    eval_dataset: JobDataset | None = None
+    status: Status = "running"
+    reason: str = ""
+    """Why it is not running, in a few words."""
+    slot: int | None = None
+    """Slot of its adapter while it has one; a slot serves the next job when this one has left it."""
+    num_steps: int = 0
+    applied: int = 0
+    """Optimizer steps done."""
+    losses: list[float] = field(default_factory=list)
+    evals: list[tuple[int, float]] = field(default_factory=list)
+    """(step, validation loss)."""
+    added: bool = False
+    """Whether it came while the run went on, and is not in the run file."""
+
+    @property
+    def name(self) -> str:
+        """The job's name."""
+        return self.config.name
+
+    @property
+    def live(self) -> bool:
+        """Whether it still has steps to train."""
+        return self.status in LIVE
+
+    def eval_due(self) -> bool:
+        """Whether its adapter, as it is now, is to be validated and was not yet."""
+        every = self.config.eval.interval
+        if self.config.eval.path is None or every is None or self.applied == 0:
+            return False
+        return (self.applied % every == 0 or self.applied == self.num_steps) and (
+            not self.evals or self.evals[-1][0] < self.applied
+        )
+
+    def steps_until_eval(self) -> int:
+        """Optimizer steps that it may take before its next validation."""
+        left = self.num_steps - self.applied
+        every = self.config.eval.interval
+        if self.config.eval.path is None or every is None:
+            return left
+        return min(left, every - self.applied % every)
+
+    def best_eval(self) -> tuple[int, float] | None:
+        """(step, loss) of its best validation."""
+        return min(self.evals, key=lambda e: e[1], default=None)
+
+    def out_of_patience(self) -> bool:
+        """Whether as many validations as its patience passed without a better loss."""
+        best, patience = self.best_eval(), self.config.eval.patience
+        if best is None or patience is None:
+            return False
+        return len([e for e in self.evals if e[0] > best[0]]) >= patience
+
+    def record(self, applied: int | None = None, *, status: str = "", reason: str = "") -> dict[str, Any]:
+        """What a checkpoint says of it: now, or as it was after ``applied`` steps with that status."""
+        steps = self.applied if applied is None else applied
+        status, reason = (status, reason) if status else (self.status, self.reason)
+        if status in LIVE and steps >= self.num_steps:
+            status = "finished"
+        return {
+            "index": self.index,
+            "name": self.name,
+            "status": status,
+            "reason": reason,
+            "num_steps": self.num_steps,
+            "applied": steps,
+            "losses": self.losses[:steps],
+            "evals": [list(e) for e in self.evals if e[0] <= steps],
+            "added": self.added,
+            "config": plain(self.config),
+        }
+
+
+def plain(value: Any) -> Any:
+    """A config dataclass as JSON data, which `config.Builder` reads back; unset keys are left out."""
+    if dataclasses.is_dataclass(value):
+        pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return {name: plain(item) for name, item in pairs if item is not None}
+    if isinstance(value, tuple | list):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,132 @@
+"""Jobs come and go while a run goes on: requests in a watched folder, decisions in a log that a resume replays.
+
+    <save>/inbox/<anything>.yaml     a request, written by ``lorafusion-megatron job`` or by hand; removed when read
+    <save>/events.jsonl              every decision with the window at whose beginning it took effect
+
+A request is a job (a mapping with ``name``, ``dataset``, …, as under ``jobs`` of a run file) or
+``{op: pause | resume | cancel, name: JOB}``. Rank 0 reads; what it decides is broadcast with the window's plan.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..config.build import Builder
+from ..config.job import JobConfig
+from ..config.yaml_reader import parse_yaml
+from ..errors import UserError
+
+OPERATIONS = ("pause", "resume", "cancel")
+
+
+class Inbox:
+    """Rank 0's view of the requests.
+
+    Args:
+        folder: the run's folder.
+        note: told of requests that are refused.
+    """
+
+    def __init__(self, folder: Path, note: Callable[[str], None]) -> None:
+        self.folder, self._note = folder, note
+        self._log = folder / "events.jsonl"
+
+    def decide(self, window: int, statuses: Mapping[str, str], check: Callable[[JobConfig], None]) -> list[dict]:
+        """The events of a window: those that were decided for it before (a resumed run), then new requests.
+
+        Args:
+            window: number of the window that is about to be planned.
+            statuses: name of every job so far -> its status.
+            check: raises `UserError` where a new job can't run with this model.
+        """
+        events = [event for event in self._recorded() if event["window"] == window]
+        now = dict(statuses)
+        for event in events:
+            now[event["name"]] = _after(event["op"])
+        for file in self._requests():
+            try:
+                event = self._read(file, now, check)
+            except UserError as error:
+                self._note(f"request {file.name} is refused: {error}")
+                file.replace(file.with_name(file.name + ".refused"))
+                continue
+            self._append({"window": window, **event})
+            file.unlink()
+            now[event["name"]] = _after(event["op"])
+            events.append({"window": window, **event})
+        return events
+
+    def forget_after(self, window: int) -> None:
+        """Drop decisions of windows that a resume from an older run does not have (a fresh start: window -1)."""
+        kept = [event for event in self._recorded() if event["window"] <= window]
+        if self._log.exists():
+            self._log.write_text("".join(json.dumps(event) + "\n" for event in kept))
+
+    def _requests(self) -> list[Path]:
+        inbox = self.folder / "inbox"
+        if not inbox.is_dir():
+            return []
+        files = [p for p in inbox.iterdir() if p.is_file() and p.suffix in (".yaml", ".yml") and p.name[0] != "."]
+        return sorted(files, key=lambda p: (p.stat().st_mtime_ns, p.name))
+
+    def _read(self, file: Path, statuses: Mapping[str, str], check: Callable[[JobConfig], None]) -> dict[str, Any]:
+        raw = parse_yaml(file.read_text(encoding="utf-8", errors="replace"), source=file.name)
+        if isinstance(raw, dict) and raw.get("op", "add") != "add":
+            return _operation(raw, statuses, file.name)
+        if isinstance(raw, dict):
+            raw = {key: value for key, value in raw.items() if key != "op"}
+        job = Builder(file.parent).section(JobConfig, raw, file.name)
+        if job.name.lower() in {name.lower() for name in statuses}:
+            raise UserError(
+                f"{job.name} exists in this run",
+                rule="names differ",
+                remedy="give the new job another name",
+                key="name",
+            )
+        check(job)
+        return {"op": "add", "name": job.name, "job": raw}
+
+    def _recorded(self) -> list[dict[str, Any]]:
+        if not self._log.exists():
+            return []
+        out = []
+        for line in self._log.read_text().splitlines():
+            try:
+                out.append(json.loads(line))
+            except ValueError:  # cut off by a kill while it was written; its request file is still there
+                continue
+        return out
+
+    def _append(self, event: Mapping[str, Any]) -> None:
+        with self._log.open("a") as file:
+            file.write(json.dumps(event) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _operation(raw: Mapping[str, Any], statuses: Mapping[str, str], source: str) -> dict[str, Any]:
+    op, name = raw.get("op"), raw.get("name")
+    if op not in OPERATIONS or set(raw) != {"op", "name"}:
+        raise UserError(
+            f"got {dict(raw)}",
+            rule=f"a request is a job, or op ({', '.join(OPERATIONS)}) and name",
+            remedy="write it with lorafusion-megatron job",
+            key=source,
+        )
+    status = statuses.get(str(name))
+    fits = {"pause": ("running",), "resume": ("paused",), "cancel": ("running", "paused")}[op]
+    if status not in fits:
+        raise UserError(
+            f"{op} of {name}, which is {status or 'not in this run'}",
+            rule=f"only a job that is {' or '.join(fits)} can be given {op}",
+            remedy="see lorafusion-megatron job list",
+            key=source,
+        )
+    return {"op": op, "name": name}
+
+
+def _after(op: str) -> str:
+    """Status of a job after an operation."""
+    return {"add": "running", "pause": "paused", "resume": "running", "cancel": "cancelled"}[op]

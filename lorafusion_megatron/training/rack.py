@@ -1,0 +1,105 @@
+"""The frozen model of a rank and the adapters that are mounted on it, one a slot."""
+
+from pathlib import Path
+
+import torch
+
+from ..lora.bank import AdapterShard
+from ..mcore.build import BuildOptions, build_chunks, canonical_parameters
+from ..mcore.inject import inject
+from ..mcore.parallel import Groups
+from ..mcore.steps import AdapterSteps, StepCounters, StepRule
+from ..models.adapter import load_initial_adapter
+from ..models.load import load_base_weights
+from ..types import AdapterSpec
+from .adapters import from_peft
+from .jobs import Job
+from .setup import Prepared, linear_layouts
+from .state import load_job
+
+
+class AdapterRack:
+    """This rank's model chunks with their weights, and the adapters of the jobs that are training.
+
+    Every job has two slots: an even one, and the odd one after it, which is the same adapter without dropout, for
+    validation.
+    """
+
+    def __init__(self, prepared: Prepared, groups: Groups) -> None:
+        self._prepared, self._groups = prepared, groups
+        run, spec = prepared.run, prepared.spec
+        self._dtype = getattr(torch, run.base_model.dtype)
+        options = BuildOptions(
+            dtype=self._dtype,
+            device=groups.device,
+            layers_per_chunk=prepared.layers_per_chunk,
+            transformer_impl=prepared.transformer_impl,
+            recompute_granularity=run.model.recompute_granularity,
+        )
+        self.chunks = build_chunks(spec, prepared.topology, options)
+        load_base_weights(
+            run.base_model.path,
+            spec,
+            canonical_parameters(self.chunks),
+            tp_rank=groups.tp_rank,
+            tp_size=groups.tp_size,
+        )
+        self._targets = inject(
+            self.chunks,
+            linear_layouts(spec, groups.tp_rank, groups.tp_size),
+            backend=prepared.backend,
+            tp_rank=groups.tp_rank,
+            tp_size=groups.tp_size,
+        )
+        self.steps: dict[int, AdapterSteps] = {}
+        """Job -> its optimizer steps, in the order in which the jobs came."""
+        self.shards: dict[int, AdapterShard] = {}
+        self._slots: dict[int, int] = {}
+
+    def mount(self, job: Job, adapter: AdapterSpec, state: Path | None, counters: StepCounters | None) -> None:
+        """Give a job a slot and fresh buffers; fill them from a checkpoint, an initial adapter, or PEFT's start.
+
+        Args:
+            job: the job; its slot is set.
+            adapter: its adapter.
+            state: checkpoint to take masters and moments from.
+            counters: the job's counts in that checkpoint.
+        """
+        assert job.index not in self.shards
+        taken = set(self._slots.values())
+        job.slot = next(slot for slot in range(0, 2 * len(taken) + 2, 2) if slot not in taken)
+        shard = AdapterShard(adapter, self._targets, dtype=self._dtype)
+        steps = AdapterSteps(job.index, shard, self._rule(job), self._groups)
+        if state is not None and counters is not None:
+            moments = dict(zip(("exp_avg", "exp_avg_sq"), steps.restore(counters), strict=True))
+            for part, factors in load_job(state, job.name, shard.factor_keys()):
+                shard.load(factors, moments.get(part))
+        elif job.config.peft.init_from is not None:
+            tensors = load_initial_adapter(
+                job.config.peft.init_from, self._prepared.spec, adapter, key=f"jobs[{job.index}].peft.init_from"
+            )
+            shard.load(from_peft(tensors, adapter, self._prepared.spec))
+        shard.attach(job.slot)
+        shard.attach(job.slot + 1, dropout=False)
+        self.steps[job.index], self.shards[job.index] = steps, shard
+        self._slots[job.index] = job.slot
+
+    def unmount(self, job: Job) -> None:
+        """Free a job's slot and buffers."""
+        assert job.slot is not None
+        shard = self.shards.pop(job.index)
+        shard.detach(job.slot)
+        shard.detach(job.slot + 1)
+        del self.steps[job.index], self._slots[job.index]
+        job.slot = None
+
+    def _rule(self, job: Job) -> StepRule:
+        config, total = job.config, job.num_steps
+        return StepRule(
+            lr_at=lambda step: config.lr_at(step, total),
+            betas=(config.optimizer.adam_beta1, config.optimizer.adam_beta2),
+            eps=config.optimizer.adam_eps,
+            weight_decay=config.optimizer.weight_decay,
+            clip_grad=config.optimizer.clip_grad,
+            max_bad_steps=config.train.max_bad_steps,
+        )

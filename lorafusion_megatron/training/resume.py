@@ -1,0 +1,133 @@
+"""Where a run begins: at the newest whole checkpoint of its folder, or afresh."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..config.build import Builder
+from ..config.job import JobConfig
+from ..config.run import RunConfig
+from ..errors import UserError
+from ..mcore.parallel import Groups
+from ..mcore.steps import StepCounters
+from ..types import Schedule
+from .state import decode_schedule, drop_unfinished, newest_state
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """What a run begins with; the same on every rank."""
+
+    run: RunConfig
+    """The run with its jobs in the order in which they came: those of the checkpoint, then new ones of the run file."""
+    path: Path | None = None
+    """The checkpoint; None: afresh."""
+    records: Mapping[str, Mapping[str, Any]]
+    """Name of each job of the checkpoint -> its record."""
+    window: int = 0
+    schedule: Schedule | None = None
+    """The window to go on with, where the checkpoint lies inside it."""
+
+    def record(self, index: int) -> Mapping[str, Any] | None:
+        """What the checkpoint says of a job."""
+        return self.records.get(self.run.jobs[index].name)
+
+    def counters(self, index: int) -> StepCounters | None:
+        """A job's counts, where the checkpoint holds its adapter."""
+        record = self.record(index)
+        return StepCounters(**record["counters"]) if record and record["counters"] else None
+
+    def applied_by_name(self) -> dict[str, int]:
+        """Name of each job of the checkpoint -> its steps done."""
+        return {name: record["applied"] for name, record in self.records.items()}
+
+
+def find_resume(run: RunConfig, groups: Groups, shape: Mapping[str, Any], note: Callable[[str], None]) -> Resumed:
+    """Find where to begin; rank 0 looks, every rank gets the same.
+
+    Args:
+        run: the run file.
+        groups: this rank's groups.
+        shape: what this run's schedules are made for.
+        note: told what is passed over and what is taken.
+
+    Raises:
+        UserError: a job of the checkpoint has another adapter in the run file.
+    """
+    folder = Path(run.checkpoint.save) / "state"
+    found = None
+    if groups.is_first:
+        if run.checkpoint.resume == "auto":
+            found = newest_state(folder, note)
+            drop_unfinished(folder)
+        if found is None:
+            _start_afresh(folder, note)
+    found = groups.broadcast(found)
+    if found is None:
+        return Resumed(run=run, records={})
+    path, manifest = found
+    records = {record["name"]: record for record in manifest["jobs"]}
+    merged = replace(run, jobs=_merge_jobs(run, records, note))
+    inside, window = manifest["inside"], manifest["window"]
+    fits = inside and dict(manifest["shape"]) == dict(shape)
+    steps = ", ".join(f"{name} {record['applied']}/{record['num_steps']}" for name, record in records.items())
+    note(f"resuming from {path}: {steps}")
+    if inside and not fits:
+        note("the run has another shape than the checkpoint: the rest of its window is planned anew")
+    return Resumed(
+        run=merged,
+        path=path,
+        records=records,
+        window=window if fits else window + 1,
+        schedule=decode_schedule(path) if fits else None,
+    )
+
+
+def _merge_jobs(
+    run: RunConfig, records: Mapping[str, Mapping[str, Any]], note: Callable[[str], None]
+) -> tuple[JobConfig, ...]:
+    """Jobs in the order of the checkpoint, whose samples carry these numbers, then the run file's new ones."""
+    ours = {job.name: job for job in run.jobs}
+    jobs = []
+    for name, record in records.items():
+        before = Builder(Path()).section(JobConfig, record["config"], name)
+        job = ours.pop(name, None)
+        if job is None:
+            if not record["added"]:
+                note(f"{name} is not in the run file any more; it goes on as the checkpoint has it")
+            job = before
+        _check_same(name, before, job)
+        jobs.append(job)
+    return (*jobs, *ours.values())
+
+
+def _check_same(name: str, before: JobConfig, now: JobConfig) -> None:
+    """An adapter can't change its shape, nor a job its batches, in the middle."""
+    for key in (
+        "peft.r",
+        "peft.lora_alpha",
+        "peft.use_rslora",
+        "peft.target_modules",
+        "peft.layers_to_transform",
+        "train.global_batch_size",
+    ):
+        section, field = key.split(".")
+        old, new = getattr(getattr(before, section), field), getattr(getattr(now, section), field)
+        if old != new:
+            raise UserError(
+                f"{new} where the checkpoint has {old}",
+                rule="a job goes on with the adapter and the batches that it began with",
+                remedy="set it back, rename the job, or set checkpoint.resume: never",
+                key=f"jobs.{name}.{key}",
+            )
+
+
+def _start_afresh(folder: Path, note: Callable[[str], None]) -> None:
+    """A run that begins anew must not be gone on with from an older one's checkpoints: these move aside."""
+    for path in (folder, folder.parent / "events.jsonl"):
+        if path.exists() and (path.is_file() or any(path.iterdir())):
+            aside = path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}.old")
+            path.rename(aside)
+            note(f"{path} of an earlier run was moved to {aside}")

@@ -1,0 +1,196 @@
+"""Adapters and checkpoints leave the ranks on a side thread while the pipeline goes on.
+
+What is to be saved in a window is known from its schedule, in one order on every rank. A rank fills an item with
+copies of the flat buffers (made on the device) as its steps are applied; the saving thread takes the items in order,
+gathers the shards on rank 0 over a group of its own, and rank 0 writes. The pipeline neither drains nor waits.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..lora.bank import AdapterShard
+from ..mcore.gather import Factors, gather_factors
+from ..mcore.parallel import Groups
+from ..mcore.steps import StepCounters, StepSnapshot
+from ..types import Schedule
+from .state import PARTS
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanPosition:
+    """Where in the plan a checkpoint lies."""
+
+    window: int
+    """Number of the window, from 0."""
+    schedule: Schedule | None
+    """That window, if the checkpoint lies inside; None at its end."""
+    shape: Mapping[str, Any]
+    """What the schedule was made for; a run of another shape makes its own."""
+    statuses: Mapping[int, tuple[str, str]]
+    """Job -> its status and the reason when the window began; jobs come and go between windows alone."""
+
+
+@dataclass(kw_only=True)
+class SaveItem:
+    """One thing to save: the adapter of one job at one step, or the state of all jobs at a cut of the stream.
+
+    A cut at position p is the state in which every step that ends before p is done and nothing after it has begun to
+    count; no rank is ever in that state as a whole, but each job is in its part of it at some time.
+    """
+
+    wants: dict[int, int]
+    """Job -> the step after which its copy is taken."""
+    cut: int | None = None
+    """None: an adapter. Otherwise the position of the cut; the number of microbatches where the window is done."""
+    where: PlanPosition | None = None
+    """Of a cut."""
+    best: bool = False
+    """Whether this adapter has the best validation loss of its job so far."""
+    got: dict[int, tuple[AdapterShard, StepSnapshot]] = field(default_factory=dict)
+    ready: threading.Event = field(default_factory=threading.Event)
+    dropped: bool = False
+
+    def fill(self, job: int, shard: AdapterShard, snapshot: StepSnapshot) -> None:
+        """Take one job's copy and the shard that knows its layout."""
+        self.got[job] = (shard, snapshot)
+        if len(self.got) == len(self.wants):
+            self.ready.set()
+
+
+def plan_saves(
+    schedule: Schedule,
+    applied: Mapping[int, int],
+    num_steps: Mapping[int, int],
+    interval: int | None,
+    where: PlanPosition,
+) -> list[SaveItem]:
+    """What a window saves, in order.
+
+    Args:
+        schedule: the window.
+        applied: job -> steps done before it, for every job whose state belongs to a checkpoint.
+        num_steps: job -> its optimizer steps, for the jobs of the window.
+        interval: optimizer steps of a job between two kept adapters; a checkpoint of the state comes after as many
+            steps of an average job. None: an adapter at the end of each job alone.
+        where: of the checkpoints in this window.
+    """
+    items: list[SaveItem] = []
+    current, since = dict(applied), 0
+    for position, ends in sorted(schedule.ends_at.items()):
+        for end in ends:
+            current[end.job] = end.step
+            since += 1
+            if end.step == num_steps[end.job] or (interval and end.step % interval == 0):
+                items.append(SaveItem(wants={end.job: end.step}))
+        if interval and since >= interval * max(1, len(num_steps)):
+            items.append(SaveItem(wants=dict(current), cut=position + 1, where=where))
+            since = 0
+    return items
+
+
+class Saver:
+    """The saving thread of a rank.
+
+    Args:
+        groups: this rank's groups.
+        write_adapter: rank 0: (job, step, whole factors, whether it is the best one).
+        write_state: every rank: walks through a checkpoint's jobs; rank 0 writes.
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        *,
+        write_adapter: Callable[[int, int, Factors, bool], None],
+        write_state: Callable[["StateItem"], None],
+    ) -> None:
+        self._groups = groups
+        self._write_adapter, self._write_state = write_adapter, write_state
+        self._queue: queue.Queue[SaveItem | None] = queue.Queue()
+        self._open: list[SaveItem] = []
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="saver", daemon=True)
+        self._thread.start()
+
+    def expect(self, items: Sequence[SaveItem]) -> None:
+        """Queue what the next window saves; the same on every rank."""
+        self.check()
+        self._open += items
+        for item in items:
+            self._queue.put(item)
+
+    def offer(self, job: int, step: int, shard: AdapterShard, copy: Callable[[], StepSnapshot]) -> None:
+        """A job has just done ``step`` (or begins a window with it): one copy serves everything that wants it."""
+        wanting = [item for item in self._open if job not in item.got and item.wants.get(job) == step]
+        if wanting:
+            snapshot = copy()
+            for item in wanting:
+                item.fill(job, shard, snapshot)
+
+    def close_window(self) -> None:
+        """The window is over: what a stop kept from being filled is dropped, the same on every rank."""
+        for item in self._open:
+            if not item.ready.is_set():
+                item.dropped = True
+                item.ready.set()
+        self._open.clear()
+
+    def drain(self) -> None:
+        """Wait until everything queued so far is written."""
+        self._queue.join()
+        self.check()
+
+    def finish(self) -> None:
+        """Wait until everything is written and end the thread."""
+        self._queue.put(None)
+        self._thread.join()
+        self.check()
+
+    def check(self) -> None:
+        """Raise what went wrong on the thread (a lost rank; a full disk is told, not raised)."""
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            try:
+                item.ready.wait()
+                if not item.dropped and self._error is None:
+                    self._save(item)
+            except BaseException as error:
+                self._error = error
+            finally:
+                self._queue.task_done()
+
+    def _save(self, item: SaveItem) -> None:
+        if item.cut is not None:
+            self._write_state(StateItem(item, self._groups))
+            return
+        ((job, step),) = item.wants.items()
+        shard, snapshot = item.got[job]
+        factors = gather_factors(shard.pieces(snapshot.master), self._groups)
+        if factors is not None:
+            self._write_adapter(job, step, factors, item.best)
+
+
+class StateItem:
+    """A checkpoint on its way: every rank walks through the jobs, rank 0 receives whole factors.
+
+    All jobs are walked through whatever happens to the file, since the other ranks take part in gathering them.
+    """
+
+    def __init__(self, item: SaveItem, groups: Groups) -> None:
+        assert item.where is not None
+        assert item.cut is not None
+        self.cut, self.where = item.cut, item.where
+        self._got, self._groups = item.got, groups
+
+    def jobs(self) -> Iterator[tuple[int, StepCounters, dict[str, Factors] | None]]:
+        """(job, its counts, part -> whole factors on rank 0), by job."""
+        for job, (shard, snapshot) in sorted(self._got.items()):
+            parts = {part: gather_factors(shard.pieces(getattr(snapshot, part)), self._groups) for part in PARTS}
+            whole = {part: factors for part, factors in parts.items() if factors is not None}
+            yield job, snapshot.counters, whole or None

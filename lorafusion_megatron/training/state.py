@@ -1,0 +1,203 @@
+"""Checkpoints of a run: what an exact resume needs, in files that don't depend on the topology.
+
+    state/00000012/manifest.json        jobs, counters, losses, plan position, checksums; written last
+    state/00000012/schedule.json        the window that was under way, where the checkpoint lies inside one
+    state/00000012/<job>.safetensors    fp32 masters and moments, whole factors: master/<layer>.<projection>.<A|B>
+
+A checkpoint is written under a temporary name, flushed and renamed: under its own name it is whole. Nothing in it is
+executed when it is read (JSON and safetensors only).
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..mcore.gather import Factors
+from ..types import Microbatch, Sample, Schedule, StepEnd
+
+FORMAT = 1
+PARTS = ("master", "exp_avg", "exp_avg_sq")
+
+
+class StateWriter:
+    """Writes one checkpoint piece by piece; nothing shows under its name before `commit`."""
+
+    def __init__(self, folder: Path, sequence: int) -> None:
+        self.path = folder / f"{sequence:08d}"
+        self._temporary = folder / f".{sequence:08d}.{os.getpid()}"
+        self._files: dict[str, dict[str, Any]] = {}
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._temporary.mkdir(parents=True)
+
+    def job(self, name: str, parts: Mapping[str, Factors]) -> None:
+        """Write masters and moments of one job."""
+        tensors = {
+            f"{part}/{layer}.{projection}.{factor}": tensor
+            for part, factors in parts.items()
+            for (layer, projection, factor), tensor in factors.items()
+        }
+        file = self._temporary / f"{name}.safetensors"
+        save_file(tensors, file)
+        self._seal(file)
+
+    def schedule(self, schedule: Schedule) -> None:
+        """Write the window that is under way."""
+        file = self._temporary / "schedule.json"
+        file.write_text(json.dumps(encode_schedule(schedule)))
+        self._seal(file)
+
+    def commit(self, manifest: Mapping[str, Any]) -> Path:
+        """Write the manifest and give the checkpoint its name."""
+        file = self._temporary / "manifest.json"
+        file.write_text(json.dumps({"format": FORMAT, **manifest, "files": self._files}, indent=1))
+        _flush(file)
+        _flush(self._temporary)
+        if self.path.exists():  # a damaged one of the same number, which a resume passed over
+            shutil.rmtree(self.path)
+        self._temporary.rename(self.path)
+        _flush(self.path.parent)
+        return self.path
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _seal(self, file: Path) -> None:
+        _flush(file)
+        self._files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+
+
+def sequences(folder: Path) -> list[int]:
+    """Numbers of the checkpoints in a state folder, newest first, whole or not."""
+    if not folder.is_dir():
+        return []
+    return sorted((int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdigit()), reverse=True)
+
+
+def newest_state(folder: Path, note: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint and its manifest; says which ones it passed over and why."""
+    for sequence in sequences(folder):
+        path = folder / f"{sequence:08d}"
+        try:
+            return path, check_state(path)
+        except (OSError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            note(f"checkpoint {path} is passed over: {reason}")
+    return None
+
+
+def check_state(path: Path) -> dict[str, Any]:
+    """Check every file of a checkpoint against its checksum.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ValueError, OSError, KeyError: what is wrong.
+    """
+    manifest = json.loads((path / "manifest.json").read_text())
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"its format is not {FORMAT}")
+    for name, seal in manifest["files"].items():
+        file = path / name
+        if file.parent != path:
+            raise ValueError(f"file name {name!r} leaves the folder")
+        if not file.is_file():
+            raise ValueError(f"{name} is missing")
+        if file.stat().st_size != seal["bytes"]:
+            raise ValueError(f"{name} has {file.stat().st_size} bytes, written were {seal['bytes']}")
+        if _sha256(file) != seal["sha256"]:
+            raise ValueError(f"{name} is damaged: its checksum differs")
+    return manifest
+
+
+def load_job(path: Path, name: str, keys: list[tuple[int, str]]) -> Iterator[tuple[str, Factors]]:
+    """One job's parts: ``(part, factors)`` for the (layer, projection) pairs of this rank.
+
+    Raises:
+        ValueError: a tensor is missing.
+    """
+    try:
+        with safe_open(path / f"{name}.safetensors", framework="pt", device="cpu") as file:
+            for part in PARTS:
+                yield (
+                    part,
+                    {
+                        (layer, projection, factor): file.get_tensor(f"{part}/{layer}.{projection}.{factor}")
+                        for layer, projection in keys
+                        for factor in ("A", "B")
+                    },
+                )
+    except SafetensorError as error:
+        raise ValueError(f"{path / name}.safetensors: {error}") from None
+
+
+def drop_old(folder: Path, keep: int) -> None:
+    """Keep the newest ``keep`` checkpoints; remove what a killed run left unfinished."""
+    for sequence in sequences(folder)[keep:]:
+        shutil.rmtree(folder / f"{sequence:08d}")
+    drop_unfinished(folder)
+
+
+def drop_unfinished(folder: Path) -> None:
+    """Remove checkpoints that never got their name."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if path.is_dir() and path.name.startswith(".") and not path.name.endswith(f".{os.getpid()}"):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def encode_schedule(schedule: Schedule) -> dict[str, Any]:
+    """A schedule as JSON."""
+    return {
+        "replicas": [
+            [
+                [[s.job, s.step, s.position, s.row, s.tokens, s.batch_label_tokens] for s in microbatch.samples]
+                for microbatch in replica
+            ]
+            for replica in schedule.replicas
+        ],
+        "step_ends": [[end.job, end.step, end.position] for end in schedule.step_ends],
+        "distance": schedule.distance,
+        "token_capacity": schedule.token_capacity,
+        "padding_multiple": schedule.padding_multiple,
+    }
+
+
+def decode_schedule(path: Path) -> Schedule:
+    """The schedule of a checkpoint."""
+    value = json.loads((path / "schedule.json").read_text())
+    names = ("job", "step", "position", "row", "tokens", "batch_label_tokens")
+    return Schedule(
+        replicas=tuple(
+            tuple(
+                Microbatch(samples=tuple(Sample(**dict(zip(names, s, strict=True))) for s in samples))
+                for samples in replica
+            )
+            for replica in value["replicas"]
+        ),
+        step_ends=tuple(StepEnd(job=job, step=step, position=position) for job, step, position in value["step_ends"]),
+        distance=value["distance"],
+        token_capacity=value["token_capacity"],
+        padding_multiple=value["padding_multiple"],
+    )
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
