@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .masks import keep_signs, keep_where, load_keys
+from .overlap import await_predecessor, launch_options
 from .tables import FACTOR_A, FIELDS, THRESHOLD, slot_columns, slot_pointer, slot_scale
 
 
@@ -16,9 +17,11 @@ def _down_kernel(
     z_ptr, z_stride, out_ptr, out_stride, partial_ptr, counter_ptr, table, tile_slots, keys,
     tokens, width, num_slots, module_key, feature_offset,
     FACTOR: tl.constexpr, DROP: tl.constexpr, TILE: tl.constexpr, BK: tl.constexpr, RB: tl.constexpr,
-    SPLITS: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    SPLITS: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr, OVERLAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows by one block of RB columns; the programs of a tile split the features among them."""
+    await_predecessor(OVERLAP)
     tile, block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot = tl.load(tile_slots + tile)
     columns = slot_columns(table, slot, num_slots, ALIGN)
@@ -86,6 +89,7 @@ def down(
     drop: bool,
     splits: int,
     align: int,
+    overlap: bool,
     block_k: int = 128,
     num_stages: int = 4,
     num_warps: int = 4,
@@ -105,6 +109,7 @@ def down(
         drop: whether any adapter drops.
         splits: programs that share a tile's features.
         align: of `tables.table_alignment`.
+        overlap: of `overlap.await_predecessor`.
 
     Returns:
         ``[tokens, width]``; rows without an adapter and columns past an adapter's own are not written.
@@ -119,6 +124,7 @@ def down(
         z, z.stride(0), out, width, partial, counters, table, tile_slots, keys,
         tokens, features, table.shape[0], module_key, feature_offset,
         FACTOR=factor, DROP=drop, TILE=tile, BK=bk, RB=rb, SPLITS=splits, EVEN=features % bk == 0,
-        ALIGN=align, PRECISION="ieee", num_warps=num_warps, num_stages=num_stages,
+        ALIGN=align, OVERLAP=overlap, PRECISION="ieee", num_warps=num_warps, num_stages=num_stages,
+        **launch_options(overlap),
     )  # fmt: skip
     return out

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .factor_grad import add_gradient
+from .overlap import await_predecessor, launch_options
 from .tables import CHUNK_FIELDS, FACTOR_B, GRAD_B, slot_columns, slot_pointer, slot_scale
 
 
@@ -19,9 +20,10 @@ def _dy_kernel(
     dy_ptr, dy_stride, s_ptr, s_stride, parts_ptr, partial_ptr, counter_ptr, table, chunks, row_projection,
     tokens, width, num_slots,
     PROJECTED: tl.constexpr, EVEN: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, RB: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk of rows by one strip of BN features; RB covers the widest adapter."""
+    await_predecessor(OVERLAP)
     strip, chunk = tl.program_id(0), tl.program_id(1)
     entry = chunks + chunk * CHUNK_FIELDS
     slot, start, stop = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
@@ -58,8 +60,10 @@ def _dy_kernel(
 def _sum_strips_kernel(
     parts_ptr, ds_ptr, ds_stride, table, tile_slots, tokens, num_slots, strips,
     TILE: tl.constexpr, ROWS: tl.constexpr, RB: tl.constexpr, ALIGN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of dS: the strips' parts summed in order, scaled, rounded once."""
+    await_predecessor(OVERLAP)
     first = tl.program_id(0) * ROWS
     slot = tl.load(tile_slots + first // TILE)
     if slot_columns(table, slot, num_slots, ALIGN) == 0:
@@ -88,6 +92,7 @@ def dy_pass(
     tile: int,
     split: bool,
     align: int,
+    overlap: bool,
     block_n: int = 256,
     block_t: int = 64,
     num_stages: int = 3,
@@ -98,7 +103,7 @@ def dy_pass(
     Args:
         dy: ``[tokens, out]``, rows contiguous.
         s: ``[tokens, width]`` of the forward, scaled.
-        table, chunks, tile_slots, counters, row_projection, split, align: as in `factor_grad.factor_grad`.
+        table, chunks, tile_slots, counters, row_projection, split, align, overlap: as in `factor_grad.factor_grad`.
         tile: rows per tile.
 
     Returns:
@@ -117,14 +122,14 @@ def dy_pass(
     _dy_kernel[(strips, chunks.shape[0])](
         dy, dy.stride(0), s, width, parts, partial, counters, table, chunks, row_projection,
         tokens, out_features, table.shape[0],
-        PROJECTED=row_projection is not None, EVEN=out_features % bn == 0, BT=bt, BN=bn, RB=rb, ALIGN=align,
-        PRECISION="ieee",
-        num_warps=num_warps, num_stages=num_stages,
+        PROJECTED=row_projection is not None, EVEN=out_features % bn == 0, BT=bt, BN=bn, RB=rb,
+        ALIGN=align, OVERLAP=overlap, PRECISION="ieee", num_warps=num_warps, num_stages=num_stages,
+        **launch_options(overlap),
     )  # fmt: skip
     ds = torch.empty_like(s)
     rows = 16
     _sum_strips_kernel[(triton.cdiv(tokens, rows),)](
         parts, ds, width, table, tile_slots, tokens, table.shape[0], strips,
-        TILE=tile, ROWS=rows, RB=rb, ALIGN=align, num_warps=1,
+        TILE=tile, ROWS=rows, RB=rb, ALIGN=align, OVERLAP=overlap, num_warps=1, **launch_options(overlap),
     )  # fmt: skip
     return ds

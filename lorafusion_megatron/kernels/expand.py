@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .adapter_part import adapter_tile, drop_tile
+from .overlap import await_predecessor, launch_options
 from .tables import slot_columns
 
 
@@ -16,16 +17,17 @@ from .tables import slot_columns
 def _expand_kernel(
     y_ptr, q_ptr, q_stride, table, tile_slots, keys, tokens, width, num_slots, module_key, feature_offset,
     FACTOR: tl.constexpr, DROP: tl.constexpr, TILE: tl.constexpr, BN: tl.constexpr, KC: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows by BN output features."""
+    await_predecessor(OVERLAP)
     tile, col = tl.program_id(0), tl.program_id(1) * BN
     slot = tl.load(tile_slots + tile)
     if slot_columns(table, slot, num_slots, ALIGN) == 0:
         return
     acc = adapter_tile(
         tl.zeros((TILE, BN), tl.float32), q_ptr, q_stride, table, tile_slots, tile * TILE, col, tokens, width,
-        num_slots, FACTOR, TILE, TILE, BN, KC, ALIGN, PRECISION,
+        num_slots, FACTOR, TILE, 1, TILE, BN, KC, False, ALIGN, PRECISION,
     )  # fmt: skip
     if DROP:
         acc = drop_tile(
@@ -63,18 +65,20 @@ def expand_(
     feature_offset: int,
     drop: bool,
     align: int,
+    overlap: bool,
 ) -> None:
     """``y += q Bᵀ`` (factor B) or ``y += mask ∘ (q A)`` (factor A), in place.
 
     Args:
         y: ``[tokens, features]``, contiguous.
         q: ``[tokens, columns]``: S or dS.
-        table, tile_slots, keys, factor, tile, module_key, feature_offset, drop, align: as in `product.product`.
+        table, tile_slots, keys, factor, tile, module_key, feature_offset, drop, align, overlap:
+            as in `product.product`.
     """
     tokens, width = y.shape
     bn = 128 if y.element_size() == 2 else 64
     _expand_kernel[(tile_slots.shape[0], triton.cdiv(width, bn))](
         y, q, q.shape[1], table, tile_slots, keys, tokens, width, table.shape[0], module_key, feature_offset,
         FACTOR=factor, DROP=drop, TILE=tile, BN=bn, KC=min(triton.next_power_of_2(q.shape[1]), 64),
-        ALIGN=align, PRECISION="ieee", num_warps=4, num_stages=2,
+        ALIGN=align, OVERLAP=overlap, PRECISION="ieee", num_warps=4, num_stages=2, **launch_options(overlap),
     )  # fmt: skip

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from .masks import keep_signs, keep_where, load_keys
+from .overlap import await_predecessor, launch_options
 from .tables import (
     CHUNK_FIELDS,
     FIELDS,
@@ -60,9 +61,11 @@ def _factor_grad_kernel(
     z_ptr, z_stride, q_ptr, q_stride, partial_ptr, counter_ptr, table, chunks, keys, row_projection,
     width, num_slots, module_key, feature_offset,
     GRAD: tl.constexpr, DROP: tl.constexpr, PROJECTED: tl.constexpr, EVEN: tl.constexpr,
-    BT: tl.constexpr, BN: tl.constexpr, RB: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, RB: tl.constexpr, ALIGN: tl.constexpr, OVERLAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk of rows by one strip of BN features by one block of RB columns."""
+    await_predecessor(OVERLAP)
     strip, chunk, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     entry = chunks + chunk * CHUNK_FIELDS
     slot, start, stop = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
@@ -111,6 +114,7 @@ def factor_grad(
     drop: bool,
     split: bool,
     align: int,
+    overlap: bool,
     block_n: int = 128,
     block_t: int = 64,
     num_stages: int = 4,
@@ -130,6 +134,7 @@ def factor_grad(
         module_key, feature_offset, drop: as in `down.down`.
         split: whether any adapter's rows are cut into several chunks.
         align: of `tables.table_alignment`.
+        overlap: of `overlap.await_predecessor`.
     """
     features, width = z.shape[1], q.shape[1]
     rb = min(triton.next_power_of_2(width), 64)
@@ -142,5 +147,6 @@ def factor_grad(
         z, z.stride(0), q, width, partial, counters, table, chunks, keys, row_projection,
         features, table.shape[0], module_key, feature_offset,
         GRAD=grad, DROP=drop, PROJECTED=row_projection is not None, EVEN=features % bn == 0,
-        BT=bt, BN=bn, RB=rb, ALIGN=align, PRECISION="ieee", num_warps=num_warps, num_stages=num_stages,
+        BT=bt, BN=bn, RB=rb, ALIGN=align, OVERLAP=overlap, PRECISION="ieee", num_warps=num_warps, num_stages=num_stages,
+        **launch_options(overlap),
     )  # fmt: skip

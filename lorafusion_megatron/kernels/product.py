@@ -13,6 +13,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .adapter_part import adapter_tile, drop_tile
+from .overlap import await_predecessor, launch_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,10 @@ class ProductConfig:
     warps: int = 8
     group: int = 8
     """Row blocks that run side by side, so that a block of columns is read from memory once for all of them."""
+    flatten: bool = True
+    """Whether the loops over tiles and over the inner dimension become one, so that loads run ahead across tiles."""
+    per_processor: int = 1
+    """Programs that share a multiprocessor."""
     halves: bool = True
     """Whether the output tile is stored in two halves, which takes half the shared memory."""
 
@@ -35,20 +40,22 @@ def _product_kernel(
     z, w, y, bias, q_ptr, q_stride, table, tile_slots, keys,
     tokens, width, inner, num_slots, module_key, feature_offset,
     FACTOR: tl.constexpr, W_BY_OUTPUT: tl.constexpr, DROP: tl.constexpr, BIAS: tl.constexpr, TILE: tl.constexpr,
+    SUBTILES: tl.constexpr, ONCE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KC: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr, ALIGN: tl.constexpr, HALVES: tl.constexpr,
+    PROGRAMS: tl.constexpr, ALIGN: tl.constexpr, OVERLAP: tl.constexpr, HALVES: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """Output tiles PROGRAMS apart, in groups of GROUP row blocks so that both operands stay in the cache."""
+    await_predecessor(OVERLAP)
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     row_blocks, col_blocks = tl.cdiv(tokens, BM), tl.cdiv(width, BN)
-    for t in tl.range(tl.program_id(0), row_blocks * col_blocks, PROGRAMS, flatten=False):
+    for t in tl.range(tl.program_id(0), row_blocks * col_blocks, PROGRAMS, flatten=FLATTEN):
         first = t // (GROUP * col_blocks) * GROUP
         size = min(row_blocks - first, GROUP)
         row = (first + (t % (GROUP * col_blocks)) % size) * BM
         col = (t % (GROUP * col_blocks)) // size * BN
         acc = adapter_tile(
             tl.zeros((BM, BN), tl.float32), q_ptr, q_stride, table, tile_slots, row, col, tokens, width, num_slots,
-            FACTOR, TILE, BM, BN, KC, ALIGN, "ieee",
+            FACTOR, TILE, SUBTILES, BM, BN, KC, ONCE, ALIGN, "ieee",
         )  # fmt: skip
         if DROP:
             acc = drop_tile(
@@ -84,8 +91,10 @@ def product(
     feature_offset: int,
     drop: bool,
     align: int,
+    overlap: bool,
     config: ProductConfig,
     programs: int,
+    pure: bool,
 ) -> torch.Tensor:
     """``z Wᵀ + bias + q Bᵀ`` (factor B) or ``z W + mask ∘ (q A)`` (factor A).
 
@@ -94,10 +103,11 @@ def product(
         w: ``[out, in]``, the frozen weight.
         bias: ``[out]`` or None.
         q: ``[tokens, columns]``: S or dS.
-        table, tile_slots, keys, tile, module_key, feature_offset, drop, align: as in `down.down`.
+        table, tile_slots, keys, tile, module_key, feature_offset, drop, align, overlap: as in `down.down`.
         factor: `FACTOR_B` forward, `FACTOR_A` backward.
         config: of the tiles.
         programs: multiprocessors of the device.
+        pure: whether no block of ``config.block_m`` rows holds two adapters.
 
     Returns:
         ``[tokens, out]`` forward, ``[tokens, in]`` backward.
@@ -110,12 +120,14 @@ def product(
     w_desc = TensorDescriptor.from_tensor(w, [bn, bk] if forward else [bk, bn])
     y_desc = TensorDescriptor.from_tensor(y, [bm, bn // 2 if config.halves else bn])
     tiles = triton.cdiv(tokens, bm) * triton.cdiv(width, bn)
-    _product_kernel[(min(programs, tiles),)](
+    programs = min(programs * config.per_processor, tiles)
+    _product_kernel[(programs,)](
         z_desc, w_desc, y_desc, bias, q, q.shape[1], table, tile_slots, keys,
         tokens, width, inner, table.shape[0], module_key, feature_offset,
         FACTOR=factor, W_BY_OUTPUT=forward, DROP=drop, BIAS=bias is not None, TILE=tile,
+        SUBTILES=1 if pure else bm // tile, ONCE=q.shape[1] <= 64,
         BM=bm, BN=bn, BK=bk, KC=min(triton.next_power_of_2(q.shape[1]), 64), GROUP=config.group,
-        PROGRAMS=programs, ALIGN=align, HALVES=config.halves,
-        num_warps=config.warps, num_stages=config.stages,
+        PROGRAMS=programs, ALIGN=align, OVERLAP=overlap, HALVES=config.halves, FLATTEN=config.flatten,
+        num_warps=config.warps, num_stages=config.stages, **launch_options(overlap),
     )  # fmt: skip
     return y

@@ -11,6 +11,15 @@ from ..kernels.dy_pass import dy_pass
 from ..kernels.expand import expand_
 from ..kernels.factor_grad import factor_grad
 from ..kernels.product import ProductConfig, product
+from ..kernels.tuning import (
+    EXPAND,
+    FUSED_CANDIDATES,
+    Problem,
+    Tuner,
+    cache_path,
+    config_name,
+    expand_is_hopeless,
+)
 from .adapters import LinearAdapter, LinearAdapters
 from .routing import Routing
 
@@ -18,6 +27,7 @@ TILE = 64
 """Rows per tile: the smallest that fills the matrix unit; larger ones waste more padding on every layer."""
 WIDEST_JOINT = 32
 """Columns up to which dS and dB share one pass over dY; beyond, the parts of dS outweigh a second pass."""
+_CONFIGS = {config_name(config): config for config in FUSED_CANDIDATES}
 FACTOR_A, FACTOR_B = tables.FACTOR_A.value, tables.FACTOR_B.value
 GRAD_A, GRAD_B = tables.GRAD_A.value, tables.GRAD_B.value
 
@@ -69,10 +79,13 @@ class TritonBackend:
         self._counters: dict[tuple[torch.device, str], torch.Tensor] = {}
         self._programs = 4
         self._bulk_copies = interpret
+        self._overlap = False
+        self._tuner: Tuner | None = None
         if self.device.type == "cuda" and torch.cuda.is_available():
             properties = torch.cuda.get_device_properties(self.device)
             self._programs = properties.multi_processor_count
-            self._bulk_copies = properties.major >= 9
+            self._bulk_copies = self._overlap = properties.major >= 9
+            self._tuner = Tuner(cache_path(self.device))
 
     def reason_unsupported(self, x: torch.Tensor, weight: torch.Tensor) -> str | None:
         """Why these tensors can't go through the kernels; None where they can."""
@@ -111,11 +124,7 @@ class TritonBackend:
             return F.linear(x, weight, bias), None
         x = _rows(x)
         s = self._down(x, call, adapters, routing, factor=FACTOR_A, drop=call.drop)
-        if self._fuses(x, weight):
-            return self._product(x, weight, bias, s, call, adapters, routing, factor=FACTOR_B), s
-        y = F.linear(x, weight, bias)
-        self._expand(y, s, call, adapters, routing, factor=FACTOR_B)
-        return y, s
+        return self._product(x, weight, bias, s, call, adapters, routing, factor=FACTOR_B), s
 
     def backward(
         self,
@@ -140,13 +149,7 @@ class TritonBackend:
         dy, x = _rows(dy), _rows(x)
         ds = self._dy_products(dy, s, call, adapters, routing)
         self._grad(x, ds, call, adapters, routing, grad=GRAD_A)
-        if not needs_dx:
-            return None
-        if self._fuses(dy, weight):
-            return self._product(dy, weight, None, ds, call, adapters, routing, factor=FACTOR_A)
-        dx = dy @ weight
-        self._expand(dx, ds, call, adapters, routing, factor=FACTOR_A)
-        return dx
+        return self._product(dy, weight, None, ds, call, adapters, routing, factor=FACTOR_A) if needs_dx else None
 
     def _call(self, adapters: LinearAdapters, routing: Routing) -> _Call | None:
         active = [adapters.by_slot[segment.slot] for segment in routing.segments if segment.slot in adapters.by_slot]
@@ -177,54 +180,88 @@ class TritonBackend:
     def _down(self, z, call: _Call, adapters, routing, *, factor: int, drop: bool) -> torch.Tensor:
         tiles = routing.tile_slots.shape[0]
         blocks = -(-call.width // 64)
-        splits = max(1, min(8, 3 * self._programs // (tiles * blocks), z.shape[1] // 512))
+        splits = max(1, min(8, 2 * self._programs // (tiles * blocks), z.shape[1] // 512))
         return down(
             z, call.slots.table, routing.tile_slots, routing.row_keys, self._zeros("down", tiles * blocks),
             factor=factor, width=call.width, tile=TILE, module_key=call.module_key,
             feature_offset=adapters.feature_offset, drop=drop, splits=splits, align=call.slots.align,
+            overlap=self._overlap,
         )  # fmt: skip
 
     def _product(self, z, weight, bias, q, call: _Call, adapters, routing, *, factor: int) -> torch.Tensor:
-        return product(
-            z, weight, bias, q, call.slots.table, routing.tile_slots, routing.row_keys,
-            factor=factor, tile=TILE, module_key=call.module_key, feature_offset=adapters.feature_offset,
-            drop=call.drop and factor == FACTOR_A, align=call.slots.align, config=ProductConfig(),
-            programs=self._programs,
-        )  # fmt: skip
+        """The frozen product with the adapters' part in it, the way that is fastest here."""
+        shared = {
+            "factor": factor,
+            "tile": TILE,
+            "module_key": call.module_key,
+            "feature_offset": adapters.feature_offset,
+            "drop": call.drop and factor == FACTOR_A,
+            "align": call.slots.align,
+            "overlap": self._overlap,
+        }
+        tables_ = (call.slots.table, routing.tile_slots, routing.row_keys)
+        forward = factor == FACTOR_B
 
-    def _expand(self, y, q, call: _Call, adapters, routing, *, factor: int) -> None:
-        expand_(
-            y, q, call.slots.table, routing.tile_slots, routing.row_keys,
-            factor=factor, tile=TILE, module_key=call.module_key, feature_offset=adapters.feature_offset,
-            drop=call.drop and factor == FACTOR_A, align=call.slots.align,
+        def fused(config: ProductConfig) -> torch.Tensor:
+            pure = _pure(routing, config.block_m)
+            return product(z, weight, bias, q, *tables_, config=config, programs=self._programs, pure=pure, **shared)
+
+        def expanded() -> torch.Tensor:
+            y = F.linear(z, weight, bias) if forward else z @ weight
+            expand_(y, q, *tables_, **shared)
+            return y
+
+        if not self._fuses(z, weight):
+            return expanded()
+        if self._tuner is None or self.strategy == "fused":
+            return fused(FUSED_CANDIDATES[0])
+        inner, width = z.shape[1], weight.shape[0 if forward else 1]
+        problem = Problem(
+            tokens=1 << max(0, z.shape[0] - 1).bit_length(), inner=inner, width=width, columns=call.width,
+            forward=forward, drop=shared["drop"], pure=_pure(routing, 128), dtype=str(z.dtype),
         )  # fmt: skip
+        choice = self._tuner.known(problem)
+        if choice is None:
+            if torch.cuda.is_current_stream_capturing():
+                return fused(FUSED_CANDIDATES[0])
+            candidates = [(config_name(config), lambda config=config: fused(config)) for config in FUSED_CANDIDATES]
+            if not expand_is_hopeless(problem):
+                candidates.append((EXPAND, expanded))
+            choice = self._tuner.measure(problem, candidates)
+        return expanded() if choice == EXPAND else fused(_CONFIGS[choice])
 
     def _dy_products(self, dy, s, call: _Call, adapters, routing) -> torch.Tensor:
         """dS, and dB into the gradients."""
         if call.width > WIDEST_JOINT:
             self._grad(dy, s, call, adapters, routing, grad=GRAD_B)
             return self._down(dy, call, adapters, routing, factor=FACTOR_B, drop=False)
-        chunks, split = self._chunks(routing, strips=-(-dy.shape[1] // 256))
+        chunks, split = self._chunks(routing, strips=-(-dy.shape[1] // 256), most=2048)
         return dy_pass(
             dy, s, call.slots.table, chunks, routing.tile_slots,
             self._zeros("dy", chunks.shape[0] * -(-dy.shape[1] // 64)),
             row_projection=adapters.row_projection, tile=TILE, split=split, align=call.slots.align,
+            overlap=self._overlap,
         )  # fmt: skip
 
     def _grad(self, z, q, call: _Call, adapters, routing, *, grad: int) -> None:
         of_a = grad == GRAD_A
-        chunks, split = self._chunks(routing, strips=-(-z.shape[1] // 128))
+        chunks, split = self._chunks(routing, strips=-(-z.shape[1] // 128), most=1024)
         counters = chunks.shape[0] * -(-z.shape[1] // 64) * -(-call.width // 64)
         factor_grad(
             z, q, call.slots.table, chunks, routing.row_keys, self._zeros("grad", counters),
             grad=grad, row_projection=None if of_a else adapters.row_projection, module_key=call.module_key,
             feature_offset=adapters.feature_offset, drop=call.drop and of_a, split=split, align=call.slots.align,
+            overlap=self._overlap,
         )  # fmt: skip
 
-    def _chunks(self, routing: Routing, *, strips: int) -> tuple[torch.Tensor, bool]:
-        """Chunk table that gives about four programs a multiprocessor, and whether a segment was cut."""
-        wanted = max(1, 4 * self._programs // strips)
-        rows = max(4 * TILE, -(-routing.num_tokens // (wanted * TILE)) * TILE)
+    def _chunks(self, routing: Routing, *, strips: int, most: int) -> tuple[torch.Tensor, bool]:
+        """Chunk table that gives about a program a multiprocessor, and whether a segment was cut.
+
+        Note: measured on an H100: long chunks win as soon as three quarters of the multiprocessors have one, since
+        each chunk's part of the gradient is written and read once more.
+        """
+        wanted = max(1, 3 * self._programs // (4 * strips))
+        rows = min(most, max(4 * TILE, -(-routing.num_tokens // (wanted * TILE)) * TILE))
         key = ("chunks", rows)
         if key not in routing.derived:
             segments = [(segment.slot, segment.start, segment.stop) for segment in routing.segments]
@@ -263,6 +300,13 @@ def _slots(adapters: LinearAdapters, device: torch.device) -> _Slots:
 def _rows(z: torch.Tensor) -> torch.Tensor:
     """z with contiguous rows; copies only where they are not."""
     return z if z.stride(1) == 1 and z.stride(0) >= z.shape[1] else z.contiguous()
+
+
+def _pure(routing: Routing, rows: int) -> bool:
+    """Whether no block of ``rows`` rows holds two adapters."""
+    return all(segment.start % rows == 0 for segment in routing.segments) and all(
+        segment.stop % rows == 0 or segment.stop == routing.num_tokens for segment in routing.segments
+    )
 
 
 def _signed(key: int) -> int:

@@ -127,8 +127,8 @@ def as_dtype(case: Case, dtype: torch.dtype) -> Case:
         slot: LinearAdapter(
             a=adapter.a.to(dtype),
             b=adapter.b.to(dtype),
-            grad_a=adapter.grad_a.clone(),
-            grad_b=adapter.grad_b.clone(),
+            grad_a=adapter.grad_a.to(torch.promote_types(dtype, torch.float32), copy=True),
+            grad_b=adapter.grad_b.to(torch.promote_types(dtype, torch.float32), copy=True),
             scaling=adapter.scaling,
             dropout=adapter.dropout,
             projections=adapter.projections,

@@ -1,0 +1,139 @@
+"""Which way a product runs on this GPU: a traffic model narrows the candidates, a short measurement chooses.
+
+The choice is kept on disk per GPU, torch, Triton and source of the kernels, so a machine measures a shape once. No
+list of GPU names anywhere: an unknown GPU is measured like any other.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+
+from .product import ProductConfig
+
+EXPAND = "expand"
+"""cuBLAS for the frozen product, then the adapter's part added in place."""
+OPERATIONS_PER_BYTE = 266
+"""Operations that the matrix units do in the time the memory moves a byte; 266 on an H100, 160 to 330 on its kin."""
+FUSED_CANDIDATES = (
+    ProductConfig(stages=3, group=8, flatten=True),
+    ProductConfig(stages=3, group=8, flatten=False),
+    ProductConfig(stages=3, group=16, flatten=False),
+    ProductConfig(stages=4, group=8, flatten=False),
+    ProductConfig(block_n=128, warps=4, stages=3, per_processor=2, flatten=False),
+)
+"""Tiles that won somewhere; see docs/kernels.md for what was tried."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One product to choose for."""
+
+    tokens: int
+    """Rounded up to a power of two: microbatches of about one size share a choice."""
+    inner: int
+    width: int
+    columns: int
+    """Columns of S, rounded up to 16."""
+    forward: bool
+    drop: bool
+    pure: bool
+    dtype: str
+
+
+def expand_is_hopeless(problem: Problem) -> bool:
+    """Whether reading and writing the output once more costs over a quarter of the frozen product.
+
+    Note: the fused product was never measured to lose more than 12 percent to cuBLAS, so beyond a quarter a
+    measurement can only waste its time. The product does ``inner`` operations for each byte of that traffic.
+    """
+    return problem.inner < 4 * OPERATIONS_PER_BYTE
+
+
+class Tuner:
+    """Chooses among candidates by measuring them once.
+
+    Args:
+        path: file of the choices; None keeps them in memory.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._choices: dict[str, str] = {}
+        if path is not None and path.exists():
+            try:
+                self._choices = json.loads(path.read_text())
+            except ValueError:
+                self._choices = {}  # cut off by a crash: measured again
+
+    def known(self, problem: Problem) -> str | None:
+        """Name of the choice for a problem, None where it was not measured yet."""
+        return self._choices.get(_name(problem))
+
+    def measure(self, problem: Problem, candidates: Sequence[tuple[str, Callable[[], object]]]) -> str:
+        """Run every candidate a few times, remember the fastest and return its name.
+
+        Args:
+            problem: what the choice is for.
+            candidates: (name, function that launches it); what raises is out.
+
+        Note: median of 5 runs, queued without a pause; candidates that differ by less than their spread are equal.
+        """
+        timed = []
+        for name, run in candidates:
+            try:
+                timed.append((_median_ms(run), name))
+            except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError):
+                continue
+        choice = min(timed)[1] if timed else EXPAND
+        self._choices[_name(problem)] = choice
+        self._save()
+        return choice
+
+    def _save(self) -> None:
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Ranks of one machine write side by side: each replaces the file whole, and a lost entry is measured again.
+        temporary = self.path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(self._choices, indent=1, sort_keys=True))
+        temporary.replace(self.path)
+
+
+def cache_path(device: torch.device) -> Path:
+    """File of this device's choices: under ``LORAFUSION_CACHE``, or the user's cache folder."""
+    root = os.environ.get("LORAFUSION_CACHE")
+    folder = (
+        Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lorafusion_megatron"
+    )
+    source = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    properties = torch.cuda.get_device_properties(device)
+    identity = (properties.name, properties.multi_processor_count, torch.__version__, triton.__version__)
+    digest = hashlib.sha256(repr(identity).encode() + source).hexdigest()[:16]
+    return folder / f"products-{digest}.json"
+
+
+def config_name(config: ProductConfig) -> str:
+    """Name of a candidate in the file of choices."""
+    return " ".join(f"{key}={value}" for key, value in asdict(config).items())
+
+
+def _name(problem: Problem) -> str:
+    return " ".join(f"{key}={value}" for key, value in asdict(problem).items())
+
+
+def _median_ms(run: Callable[[], object]) -> float:
+    run()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(5)]
+    run()
+    for start, end in events:
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return sorted(start.elapsed_time(end) for start, end in events)[2]
