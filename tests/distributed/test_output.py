@@ -1,0 +1,48 @@
+"""What a user reads on the terminal of a run."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+from lorafusion_megatron.mcore.quiet import EXPECTED_RECORDS, EXPECTED_WARNINGS, quiet_megatron
+from tests.tiny import tiny_run
+
+
+def test_a_run_prints_its_own_lines_and_no_warning_of_a_library(tmp_path):
+    run_file = tiny_run(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "lorafusion_megatron.train", str(run_file)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stderr == ""
+    assert "Warning" not in done.stdout
+    assert "DEPRECATED" not in done.stdout
+    assert done.stdout.splitlines()[0].startswith("2 jobs on cpu: local layers")
+
+
+@pytest.mark.parametrize(("message", "module"), EXPECTED_WARNINGS)
+def test_only_the_expected_warnings_of_megatron_are_silenced(message, module):
+    text = message.replace("\\", "")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.resetwarnings()
+        quiet_megatron()
+        quiet_megatron()
+        for said, where in [(text, "megatron.core.x"), (text, "my.module"), ("weights differ", "megatron.core.x")]:
+            warnings.warn_explicit(said, UserWarning, "file.py", 1, module=where, registry={})
+    assert [str(warning.message) for warning in caught] == [text, "weights differ"]
+
+
+@pytest.mark.parametrize("name", EXPECTED_RECORDS)
+def test_only_the_expected_log_records_are_dropped(name, caplog):
+    import logging
+
+    quiet_megatron()
+    logging.getLogger(name).warning(EXPECTED_RECORDS[name] + " and more")
+    logging.getLogger(name).warning("something else")
+    assert caplog.messages == ["something else"]
