@@ -40,7 +40,6 @@ _MUST_BE_OFF: Mapping[str, Any] = {
     "modules_to_save": None,
     "rank_pattern": {},
     "alpha_pattern": {},
-    "layers_to_transform": None,
     "layer_replication": None,
     "exclude_modules": None,
     "target_parameters": None,
@@ -66,6 +65,8 @@ class AdapterConfig:
     use_rslora: bool
     target_modules: tuple[str, ...]
     """Hugging Face projection names, sorted."""
+    layers_to_transform: tuple[int, ...] | None
+    """Layers that carry the adapter, ascending from 0; None for all."""
     base_model_path: str
 
     def spec(self, name: str) -> AdapterSpec:
@@ -77,6 +78,7 @@ class AdapterConfig:
             dropout=self.dropout,
             use_rslora=self.use_rslora,
             target_modules=self.target_modules,
+            layers_to_transform=self.layers_to_transform,
             seed=0,
         )
 
@@ -172,12 +174,17 @@ def check_adapter_fits(
         UserError: it doesn't.
     """
     file = Path(folder) / WEIGHTS_FILE
-    expected = adapter_shapes(model, config.target_modules, config.rank, key=key)
+    layers = _layers(model, config.layers_to_transform)
+    if layers[-1] >= model.num_layers:
+        given = f"layers_to_transform names layer {layers[-1]}"
+        raise _error(Path(folder) / CONFIG_FILE, given, f"the base model has layers 0 to {model.num_layers - 1}", key)
+    expected = adapter_shapes(model, config.target_modules, config.rank, layers=layers, key=key)
     for name in (*expected, *tensors):
         if name not in tensors:
-            raise _error(file, f"{name} is missing", f"the model has {model.num_layers} layers", key)
+            raise _error(file, f"{name} is missing", f"the adapter is on {len(layers)} layers of the base model", key)
         if name not in expected:
-            raise _error(file, f"{name} is not part of the model", f"it has {model.num_layers} layers", key)
+            rule = f"the adapter is on {len(layers)} of the base model's {model.num_layers} layers"
+            raise _error(file, f"{name} is not part of the model", rule, key)
         if tuple(tensors[name].shape) != expected[name]:
             given = f"{name} has shape {list(tensors[name].shape)}"
             raise _error(file, given, f"the base model makes it {list(expected[name])}", key)
@@ -198,8 +205,8 @@ def load_initial_adapter(
         PEFT's key -> A ``[r, in]`` or B ``[out, r]``, for every projection of every layer that the job trains.
 
     Raises:
-        UserError: as `read_adapter`; rank, scale or targets are not the job's; projections that share one A in the
-            job have different ones in the folder.
+        UserError: as `read_adapter`; rank, scale, targets or layers are not the job's; projections that share one A
+            in the job have different ones in the folder.
     """
     config, tensors = read_adapter(folder, model, key=key)
     where = Path(folder) / CONFIG_FILE
@@ -212,9 +219,13 @@ def load_initial_adapter(
     if set(names) != set(config.target_modules):
         given = f"targets {', '.join(config.target_modules)}"
         raise _error(where, given, f"the job trains {', '.join(names)}", key)
+    layers = _layers(model, spec.layers_to_transform)
+    if layers != _layers(model, config.layers_to_transform):
+        given = f"layers_to_transform {config.layers_to_transform or 'null (all)'}"
+        raise _error(where, given, f"the job trains {spec.layers_to_transform or 'all layers'}", key)
     linears = target_linears(model)
     for name, target in resolve_targets(model, spec.target_modules).items():
-        for layer in range(model.num_layers if target.shared else 0):
+        for layer in layers if target.shared else ():
             keys = [linears[name].projections[index].tensor_name(layer, "A") for index in target.projections]
             if not all(torch.equal(tensors[keys[0]], tensors[other]) for other in keys[1:]):
                 given = f"the A factors of {name} in layer {layer} differ"
@@ -243,7 +254,7 @@ def _peft_config(spec: AdapterSpec, base_model_path: str | Path, targets: list[s
         "lora_bias": False,
         "use_dora": False,
         "modules_to_save": None,
-        "layers_to_transform": None,
+        "layers_to_transform": None if spec.layers_to_transform is None else list(spec.layers_to_transform),
         "layers_pattern": None,
         "rank_pattern": {},
         "alpha_pattern": {},
@@ -306,8 +317,24 @@ def _read_config(folder: Path, key: str) -> AdapterConfig:
         dropout=float(dropout),
         use_rslora=bool(config.get("use_rslora")),
         target_modules=tuple(sorted(targets)),
+        layers_to_transform=_read_layers(file, config.get("layers_to_transform"), key),
         base_model_path=str(config.get("base_model_name_or_path") or ""),
     )
+
+
+def _layers(model: ModelSpec, layers: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The layers that carry an adapter, ascending."""
+    return tuple(range(model.num_layers)) if layers is None else tuple(sorted(layers))
+
+
+def _read_layers(file: Path, value: Any, key: str) -> tuple[int, ...] | None:
+    """``layers_to_transform``: absent or empty for all layers, a number, or a list of numbers."""
+    numbers = [value] if isinstance(value, int) else value or None
+    if numbers is None:
+        return None
+    if not isinstance(numbers, list) or not all(type(number) is int and number >= 0 for number in numbers):
+        raise _error(file, f"layers_to_transform is {value!r}", "it must list layer numbers from 0", key)
+    return tuple(sorted(set(numbers)))
 
 
 def _read_weights(file: Path, key: str) -> dict[str, torch.Tensor]:

@@ -1,6 +1,6 @@
 """The projections inside Megatron's fused linears, and which of their rows a rank holds; knows no torch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -145,16 +145,21 @@ def projection_names(spec: ModelSpec, target_modules: Sequence[str], *, key: str
 
 
 def adapter_shapes(
-    spec: ModelSpec, target_modules: Sequence[str], rank: int, *, key: str = "peft.target_modules"
+    spec: ModelSpec,
+    target_modules: Sequence[str],
+    rank: int,
+    *,
+    layers: Iterable[int] | None = None,
+    key: str = "peft.target_modules",
 ) -> dict[str, tuple[int, int]]:
-    """PEFT's keys of an adapter on every layer with their shapes: A ``[rank, in]``, B ``[out, rank]``.
+    """PEFT's keys of an adapter on ``layers`` (None: all) with their shapes: A ``[rank, in]``, B ``[out, rank]``.
 
     Raises:
         UserError: as `resolve_targets`.
     """
     linears, targets = target_linears(spec), resolve_targets(spec, target_modules, key=key)
     out: dict[str, tuple[int, int]] = {}
-    for layer in range(spec.num_layers):
+    for layer in range(spec.num_layers) if layers is None else layers:
         for name, target in targets.items():
             for index in target.projections:
                 projection = linears[name].projections[index]

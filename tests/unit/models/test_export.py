@@ -83,5 +83,5 @@ def test_a_damaged_adapter_is_not_exported(run_dir: Path, tmp_path: Path) -> Non
 
 def test_an_adapter_of_another_model_is_not_exported(run_dir: Path, tmp_path: Path, save_model: SaveModel) -> None:
     save_model("llama", num_hidden_layers=4)
-    with pytest.raises(UserError, match="is missing; the model has 4 layers"):
+    with pytest.raises(UserError, match="is missing; the adapter is on 4 layers"):
         export_adapter(run_dir, "a", tmp_path / "out")

@@ -31,7 +31,7 @@ SPEC = AdapterSpec(name="job", rank=4, alpha=10.0, dropout=0.25, use_rslora=True
 
 def random_tensors(model: ModelSpec, spec: AdapterSpec) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(spec.seed)
-    shapes = adapter_shapes(model, spec.target_modules, spec.rank)
+    shapes = adapter_shapes(model, spec.target_modules, spec.rank, layers=spec.layers_to_transform)
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
@@ -94,6 +94,24 @@ def test_round_trip_keeps_every_bit_in_every_dtype(llama: tuple[Path, ModelSpec]
         assert config.spec("job") == replace(SPEC, target_modules=tuple(sorted(ALL)), seed=0)
         assert got.keys() == tensors.keys()
         assert all(torch.equal(got[key], value) and got[key].dtype == dtype for key, value in tensors.items())
+
+
+def test_an_adapter_of_some_layers_reads_back_and_loads_in_peft(llama: tuple[Path, ModelSpec], tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base, model = llama
+    spec = replace(SPEC, layers_to_transform=(2, 0), target_modules=("q_proj",))
+    tensors = random_tensors(model, spec)
+    assert len(tensors) == 4
+    write_adapter(tmp_path / "job", spec, base, tensors)
+    config, got = read_adapter(tmp_path / "job", model)
+    assert config.layers_to_transform == (0, 2)
+    assert got.keys() == tensors.keys()
+    assert load_initial_adapter(tmp_path / "job", model, replace(spec, layers_to_transform=(0, 2))).keys() == got.keys()
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "job")
+    loaded = {k.replace(".default.", ".") for k in peft.state_dict() if ".lora_" in k}
+    assert loaded == tensors.keys()
 
 
 def test_an_adapter_is_replaced_and_the_other_files_of_its_folder_stay(
@@ -231,6 +249,7 @@ def test_one_shared_factor_goes_out_under_each_projection_and_comes_back(
         (replace(SPEC, alpha=11.0), "scale 5 (lora_alpha 10, rslora True); the job's scale is 5.5"),
         (replace(SPEC, use_rslora=False), "the job's scale is 2.5"),
         (replace(SPEC, target_modules=("q_proj",)), "the job trains q_proj"),
+        (replace(SPEC, layers_to_transform=(0, 2)), "layers_to_transform null (all); the job trains (0, 2)"),
     ],
 )
 def test_an_initial_adapter_must_be_the_jobs(
@@ -277,7 +296,10 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (edit_config(modules_to_save=["lm_head"]), "modules_to_save is ['lm_head']"),
         (edit_config(rank_pattern={"q_proj": 2}), "rank_pattern is"),
         (edit_config(alpha_pattern={"q_proj": 2}), "alpha_pattern is"),
-        (edit_config(layers_to_transform=[0]), "layers_to_transform is [0]"),
+        (edit_config(layers_to_transform=[0, 1]), "is not part of the model; the adapter is on 2 of"),
+        (edit_config(layers_to_transform=[0, 3]), "names layer 3; the base model has layers 0 to 2"),
+        (edit_config(layers_to_transform=["0"]), "layers_to_transform is ['0']"),
+        (edit_config(layers_to_transform=True), "layers_to_transform is True"),
         (edit_config(fan_in_fan_out=True), "fan_in_fan_out is True"),
         (edit_config(trainable_token_indices=[1]), "trainable_token_indices is [1]"),
         (edit_config(init_lora_weights="pissa_niter_4"), "init_lora_weights 'pissa_niter_4'"),
@@ -292,7 +314,7 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (edit_weights(lambda t: [t.pop(k) for k in list(t) if ".layers.2." in k]), "layers.2.self_attn.q_proj.lora_A"),
         (
             edit_weights(lambda t: t.update({k.replace(".0.", ".3."): v.clone() for k, v in t.items() if ".0." in k})),
-            "is not part of the model; it has 3 layers",
+            "is not part of the model; the adapter is on 3 of the base model's 3 layers",
         ),
         (edit_weights(lambda t: t.update({Q0: torch.ones(4, 47)})), "has shape [4, 47]; the base model makes it"),
         (edit_weights(lambda t: t[Q0].fill_(float("inf"))), "holds values that are not finite"),
