@@ -35,9 +35,9 @@ class JobDataset:
         self._ids, self._labels, self._offsets = ids, labels, offsets
         self.lengths: npt.NDArray[np.int64] = np.diff(offsets)
         """int64 ``[rows]``: tokens of each row, at least 1."""
-        running = np.concatenate(([0], np.cumsum(labels, dtype=np.int64)))
         # The first token of a row is predicted from nothing, so it never counts.
-        self.label_tokens: npt.NDArray[np.int64] = running[offsets[1:]] - running[offsets[:-1] + 1]
+        counted = np.add.reduceat(labels, offsets[:-1], dtype=np.int64)
+        self.label_tokens: npt.NDArray[np.int64] = counted - labels[offsets[:-1]]
         """int64 ``[rows]``: label tokens of each row that something precedes."""
 
     def __len__(self) -> int:

@@ -162,7 +162,7 @@ class RowTokenizer:
 
     def _ids(self, row: dict[str, object], field: str, place: str) -> list[int]:
         ids = row[field]
-        if isinstance(ids, list) and all(type(item) is int for item in ids):
+        if isinstance(ids, list) and set(map(type, ids)) <= {int}:
             return ids
         raise UserError(
             f"{place}: {field} is not a list of token ids",

@@ -38,6 +38,8 @@ class TextTokenizer:
         """Name (``eos_token``) -> its text, for chat templates."""
         self.bos_ids = self._bos_ids()
         """What stands before plain text: nothing, or the token that begins a sequence."""
+        # Its other work is to take white space out of the tokens' spans, which would lose labels.
+        backend.post_processor = None
         self.eos_id = self._eos_id(folder)
         """The token that ends a sequence; None where the model has none."""
 

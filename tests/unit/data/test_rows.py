@@ -189,6 +189,20 @@ def test_messages_through_the_template(model: Path) -> None:
     assert labels == [*byte_ids("Yes 😀."), EOS, *byte_ids("No."), EOS]
 
 
+def test_tokenizers_that_trim_white_space_off_their_spans_lose_no_label(model: Path) -> None:
+    path = model / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["post_processor"] = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+    path.write_text(json.dumps(content))
+    turns = [{"role": "user", "content": " "}, {"role": "assistant", "content": "  a  b "}]
+    assert tokens(load(model, {"messages": turns}))[1] == [*byte_ids("  a  b "), EOS]
+
+
 def test_generation_marks_decide_where_a_template_has_them(model: Path) -> None:
     template = (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + ':' }}{% if m.role == 'assistant' %}"
