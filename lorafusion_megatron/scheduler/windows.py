@@ -1,0 +1,124 @@
+"""Plans the next window in a process of its own while the last one trains."""
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from types import TracebackType
+
+from lorafusion_megatron.errors import UserError
+from lorafusion_megatron.scheduler.build import build_schedule
+from lorafusion_megatron.scheduler.options import PlanOptions
+from lorafusion_megatron.types import GlobalBatch, Schedule
+
+Batches = Sequence[Sequence[GlobalBatch]]
+
+
+class WindowPlanner:
+    """Makes schedules ahead of time, on one rank; the caller broadcasts them.
+
+    `prepare` what the next window will probably be, train, then `take` what it is. Where jobs came or left in
+    between, or the process has died, `take` plans on the spot: the schedule is the same either way, since planning is
+    deterministic.
+
+    Note: the process is started by ``spawn`` (a fork would copy a CUDA context), takes no part in Ctrl-C, runs at lower
+    priority, and ends by itself when its parent is gone, however that ended.
+    """
+
+    def __init__(self) -> None:
+        context = get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs,), name="window-planner", daemon=True)
+        self._process.start()
+        theirs.close()
+        self._prepared: tuple[Batches, PlanOptions] | None = None
+        self.waited_seconds = 0.0
+        """How long the last `take` held its caller up."""
+
+    def __enter__(self) -> "WindowPlanner":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def prepare(self, batches: Batches, options: PlanOptions) -> None:
+        """Begin to plan a window; a plan that was prepared before and not taken is dropped."""
+        self._drop()
+        try:
+            self._connection.send((batches, options))
+        except OSError:
+            return
+        self._prepared = (batches, options)
+
+    def take(self, batches: Batches, options: PlanOptions) -> Schedule:
+        """The schedule of a window: the prepared one where it fits, else planned now.
+
+        Args:
+            batches: per job its global batches of the window, in step order.
+            options: what it is planned for.
+
+        Raises:
+            UserError: as `build_schedule`.
+        """
+        started = time.perf_counter()
+        prepared, self._prepared = self._prepared, None
+        answer: Schedule | tuple[str, str, str, str] | None = None
+        if prepared is not None:
+            answer = self._receive()
+        if answer is None or prepared != (batches, options):
+            schedule = build_schedule(batches, options)
+        elif isinstance(answer, Schedule):
+            schedule = answer
+        else:
+            raise UserError(answer[0], rule=answer[1], remedy=answer[2], key=answer[3])
+        self.waited_seconds = time.perf_counter() - started
+        return schedule
+
+    def close(self) -> None:
+        """End the process; safe to call twice."""
+        self._connection.close()
+        self._process.join(timeout=1.0)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    def _receive(self) -> "Schedule | tuple[str, str, str, str] | None":
+        """The process's answer; None where it has died."""
+        try:
+            answer: Schedule | tuple[str, str, str, str] | None = self._connection.recv()
+        except (OSError, EOFError):
+            return None
+        return answer
+
+    def _drop(self) -> None:
+        """Wait for and forget what was prepared, so that answers stay in step with questions."""
+        if self._prepared is not None:
+            self._prepared = None
+            self._receive()
+
+
+def _serve(connection: Connection) -> None:
+    """Plan what comes in until the other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.nice(5)
+    while True:
+        try:
+            batches, options = connection.recv()
+        except (EOFError, OSError):
+            return
+        answer: object
+        try:
+            answer = build_schedule(batches, options)
+        except UserError as error:
+            answer = (error.given, error.rule, error.remedy, error.key)
+        except Exception:
+            # A fault of the planner: the caller plans the same on the spot and fails there, with its own traceback.
+            answer = None
+        try:
+            connection.send(answer)
+        except OSError:
+            return
