@@ -86,7 +86,7 @@ def chunk_table(segments: Sequence[tuple[int, int, int]], *, rows_per_chunk: int
 
 
 def table_alignment(rows: dict[int, SlotRow]) -> int:
-    """What kernels may assume of all slots: columns in eights and 16-byte addresses (8), the latter (1), nothing (0)."""
+    """What kernels may assume of all slots: columns in eights and 16-byte addresses (8), the latter (1), none (0)."""
     tensors = [t for row in rows.values() for t in (row.a, row.b, row.grad_a, row.grad_b)]
     if any(tensor.data_ptr() % 16 for tensor in tensors):
         return 0

@@ -20,9 +20,16 @@ from lorafusion_megatron.kernels.down import down
 from lorafusion_megatron.kernels.dy_pass import dy_pass
 from lorafusion_megatron.kernels.factor_grad import factor_grad
 from lorafusion_megatron.kernels.product import ProductConfig, product
+from lorafusion_megatron.kernels.tuning import config_name
 
 SHAPES = {"o": (4096, 4096), "qkv": (4096, 6144), "fc1": (4096, 28672), "fc2": (14336, 4096)}
 TILE = 64
+TILES = (
+    {"block_m": 128, "block_n": 256, "stages": 3, "warps": 8},
+    {"block_m": 128, "block_n": 256, "stages": 4, "warps": 8},
+    {"block_m": 128, "block_n": 128, "stages": 3, "warps": 4, "per_processor": 2},
+    {"block_m": 128, "block_n": 128, "stages": 3, "warps": 8, "per_processor": 2},
+)
 BF16 = {"device": "cuda", "dtype": torch.bfloat16}
 
 
@@ -95,7 +102,7 @@ def sweep_down(shape: Shape, z: torch.Tensor, drop: bool) -> Iterable[tuple[str,
             f"bk{bk} stages{stages} warps{warps} splits{splits}",
             lambda bk=bk, stages=stages, warps=warps, splits=splits: down(
                 z, shape.table, shape.tile_slots, shape.keys, shape.counters, factor=0, width=shape.rank, tile=TILE,
-                module_key=99, feature_offset=0, drop=drop, splits=splits, align=shape.align, block_k=bk,
+                module_key=99, feature_offset=0, drop=drop, splits=splits, align=shape.align, overlap=True, block_k=bk,
                 num_stages=stages, num_warps=warps,
             ),
         )  # fmt: skip
@@ -111,7 +118,8 @@ def sweep_grad(shape: Shape) -> Iterable[tuple[str, Callable[[], object]]]:
             f"bn{bn} bt{bt} stages{stages} warps{warps} rows{rows}",
             lambda bn=bn, bt=bt, stages=stages, warps=warps, chunks=chunks, split=split: factor_grad(
                 shape.x, shape.ds, shape.table, chunks, shape.keys, shape.counters, grad=2, row_projection=None,
-                module_key=99, feature_offset=0, drop=True, split=split, align=shape.align, block_n=bn, block_t=bt,
+                module_key=99, feature_offset=0, drop=True, split=split, align=shape.align, overlap=True, block_n=bn,
+                block_t=bt,
                 num_stages=stages, num_warps=warps,
             ),
         )  # fmt: skip
@@ -127,27 +135,22 @@ def sweep_dy(shape: Shape) -> Iterable[tuple[str, Callable[[], object]]]:
             f"bn{bn} bt{bt} stages{stages} warps{warps} rows{rows}",
             lambda bn=bn, bt=bt, stages=stages, warps=warps, chunks=chunks, split=split: dy_pass(
                 shape.dy, shape.s, shape.table, chunks, shape.tile_slots, shape.counters, row_projection=None,
-                tile=TILE, split=split, align=shape.align, block_n=bn, block_t=bt, num_stages=stages, num_warps=warps,
+                tile=TILE, split=split, align=shape.align, overlap=True, block_n=bn,
+                block_t=bt, num_stages=stages, num_warps=warps,
             ),
         )  # fmt: skip
 
 
 def sweep_product(shape: Shape, forward: bool) -> Iterable[tuple[str, Callable[[], object]]]:
     """The frozen product with the adapter's part."""
-    for (bm, bn, bk, stages, warps), halves, group in itertools.product(
-        ((128, 256, 64, 3, 8), (128, 256, 64, 4, 8), (256, 128, 64, 3, 8), (128, 128, 64, 4, 4), (128, 128, 128, 3, 8)),
-        (True, False),
-        (8, 16),
-    ):
-        config = ProductConfig(
-            block_m=bm, block_n=bn, block_k=bk, stages=stages, warps=warps, halves=halves, group=group
-        )
+    for base, group, flatten in itertools.product(TILES, (8, 16), (False, True)):
+        config = ProductConfig(**base, group=group, flatten=flatten)
         yield (
-            f"{bm}x{bn}x{bk} stages{stages} warps{warps} halves{int(halves)} group{group}",
+            config_name(config),
             lambda config=config: product(
                 shape.x if forward else shape.dy, shape.w, None, shape.s if forward else shape.ds, shape.table,
                 shape.tile_slots, shape.keys, factor=1 if forward else 0, tile=TILE, module_key=99, feature_offset=0,
-                drop=not forward, align=shape.align, config=config,
+                drop=not forward, align=shape.align, overlap=True, config=config, pure=True,
                 programs=torch.cuda.get_device_properties(0).multi_processor_count,
             ),
         )  # fmt: skip
