@@ -16,7 +16,9 @@ EXACT_SAMPLES = 64
 """Blocks of more samples than this are left to best fit decreasing: it is optimal there but for one in a hundred."""
 
 
-def pack_block(batches: Sequence[GlobalBatch], options: PlanOptions, weights: Weights) -> list[Row]:
+def pack_block(
+    batches: Sequence[GlobalBatch], options: PlanOptions, weights: Weights, *, merge: bool = False
+) -> list[Row]:
     """Pack one step of each of several jobs into few positions.
 
     Greedy first; where the greedy packing may not be best and the block is small, exactly.
@@ -25,6 +27,7 @@ def pack_block(batches: Sequence[GlobalBatch], options: PlanOptions, weights: We
         batches: at most one global batch of each job.
         options: capacity, replicas, time limit of the exact solver.
         weights: predicted time.
+        merge: the emptiest microbatch will be merged with a neighbour, so it should be as empty as can be.
 
     Returns:
         Rows, slowest first; at least one, which is a no-op where no batch has a sample.
@@ -32,8 +35,8 @@ def pack_block(batches: Sequence[GlobalBatch], options: PlanOptions, weights: We
     capacity, multiple = options.token_capacity, options.padding_multiple
     samples = [sample for batch in batches for sample in batch.samples]
     bins = best_fit_decreasing(samples, capacity, multiple)
-    if options.solver_seconds > 0 and len(bins) > 1 and len(samples) <= EXACT_SAMPLES:
-        bins = pack_exactly(bins, capacity, multiple, options.solver_seconds)[0]
+    if options.solver_seconds > 0 and len(samples) <= EXACT_SAMPLES:
+        bins = pack_exactly(bins, capacity, multiple, options.solver_seconds, empty_last=merge)[0]
     rows = rows_from_bins(bins, options.replicas, capacity, weights) or [noop_row(options.replicas)]
     empty = tuple((batch.job, batch.step) for batch in batches if not batch.samples)
     return [*rows[:-1], Row(rows[-1].parts, empty)]
@@ -88,7 +91,9 @@ def grouped_rows(batches: Sequence[Sequence[GlobalBatch]], options: PlanOptions,
         for turn in range(max(map(len, batches)))
         for group in groups
         if any(turn < len(batches[job]) for job in group)
-        for row in pack_block([batches[job][turn] for job in group if turn < len(batches[job])], options, weights)
+        for row in pack_block(
+            [batches[job][turn] for job in group if turn < len(batches[job])], options, weights, merge=True
+        )
     ]
     merged = merge_rows(rows, options.token_capacity, options.padding_multiple, distance)
     return repair_distance(merged, distance, options.replicas)

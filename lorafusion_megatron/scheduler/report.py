@@ -91,6 +91,38 @@ def report_plan(
     )
 
 
+def combine_reports(reports: Sequence[PlanReport]) -> PlanReport:
+    """The figures of windows that run one after another; shares are weighted by predicted time."""
+    seconds = sum(report.predicted_seconds for report in reports)
+    microbatches = sum(report.microbatches for report in reports)
+
+    def mean(share: str) -> float:
+        total = sum(getattr(report, share) * report.predicted_seconds for report in reports)
+        return total / seconds if seconds else 0.0
+
+    def per_job(counts: str) -> dict[int, int]:
+        out: dict[int, int] = {}
+        for report in reports:
+            for job, count in getattr(report, counts).items():
+                out[job] = out.get(job, 0) + count
+        return dict(sorted(out.items()))
+
+    return PlanReport(
+        microbatches=microbatches,
+        noops=sum(report.noops for report in reports),
+        fill=sum(report.fill * report.microbatches for report in reports) / max(1, microbatches),
+        predicted_seconds=seconds,
+        bubble_share=mean("bubble_share"),
+        split_bound=mean("split_bound"),
+        lemma_bound=mean("lemma_bound"),
+        fewest_microbatches=sum(report.fewest_microbatches for report in reports),
+        packing_bound=sum(report.packing_bound for report in reports),
+        lemma_positions=sum(report.lemma_positions for report in reports),
+        job_microbatches=per_job("job_microbatches"),
+        job_tokens=per_job("job_tokens"),
+    )
+
+
 def _loads(schedule: Schedule) -> list[list[Load]]:
     """Per position the features of each replica's microbatch."""
     multiple = schedule.padding_multiple

@@ -1,0 +1,325 @@
+"""``plan``: the schedule of a run before it starts, beside the schedules that other systems use."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lorafusion_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from lorafusion_megatron.config import RunConfig
+    from lorafusion_megatron.data import GlobalBatches
+    from lorafusion_megatron.scheduler.options import PlanOptions
+    from lorafusion_megatron.scheduler.report import PlanReport
+    from lorafusion_megatron.types import GlobalBatch, ModelSpec, Schedule
+
+TRITON_TILE = 64
+"""Rows that the Triton kernels pad each job's part of a microbatch to."""
+FIGURES = ("microbatches", "noops", "fill", "predicted_seconds", "bubble_share", "split_bound", "lemma_bound")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("run_file", metavar="RUN.yaml", help="the run file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the run file")
+    parser.add_argument(
+        "--lengths", type=Path, metavar="FILE", help='plan for {"job": [tokens of each row, …]} instead of the data'
+    )
+    parser.add_argument("--replicas", type=int, default=1, metavar="N", help="data-parallel replicas (default 1)")
+    parser.add_argument("--cost-model", type=Path, metavar="FILE", help="measured rates instead of an H100's estimate")
+    parser.add_argument("--gantt", type=Path, metavar="FILE", help="draw the first window to a .png or .html")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="write the first window for Perfetto (.json)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is to be planned."""
+
+    run: "RunConfig"
+    spec: "ModelSpec"
+    sources: Mapping[int, "GlobalBatches"]
+    options: "PlanOptions"
+    notes: tuple[str, ...]
+
+    @property
+    def names(self) -> list[str]:
+        return [job.name for job in self.run.jobs]
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A run planned with one kind of schedule."""
+
+    report: "PlanReport"
+    first: "Schedule"
+    windows: int
+    seconds: float
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan the whole run with each kind of schedule and print the figures; 0 unless something is wrong."""
+    from lorafusion_megatron.scheduler.options import SCHEDULES
+
+    _check_outputs(args)
+    work = _load(args)
+    with _Bar(len(SCHEDULES) * sum(source.num_steps for source in work.sources.values())) as bar:
+        planned = {kind: _plan(work, kind, bar) for kind in SCHEDULES}
+    _draw(args, work, planned[work.run.runtime.schedule])
+    if args.json:
+        figures = {kind: {name: getattr(plan.report, name) for name in FIGURES} for kind, plan in planned.items()}
+        print(json.dumps({"planning_seconds": planned["staggered"].seconds, **figures}))
+    else:
+        print(_summary(work, planned))
+    return 0
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Raise before any work where a picture could not be written afterwards."""
+    for path, key, suffixes in ((args.gantt, "--gantt", (".png", ".html")), (args.trace, "--trace", (".json",))):
+        if path is None:
+            continue
+        if path.suffix not in suffixes:
+            raise UserError(str(path), rule=f"its name must end in {' or '.join(suffixes)}", remedy="rename it", key=key)
+        if not path.parent.is_dir():
+            raise UserError(str(path), rule="its folder must exist", remedy=f"make {path.parent}", key=key)
+
+
+def _load(args: argparse.Namespace) -> _Work:
+    """Read the run file, the model's dimensions and the lengths."""
+    from lorafusion_megatron.config import load_run
+    from lorafusion_megatron.models.config import read_model_spec
+    from lorafusion_megatron.scheduler.cost import CostModel, default_cost_model, split_loads
+    from lorafusion_megatron.scheduler.options import PlanOptions
+    from lorafusion_megatron.training.inputs import job_batches, load_inputs
+
+    run_config = load_run(args.run_file, args.overrides)
+    runtime, model = run_config.runtime, run_config.model
+    padding = runtime.padding_multiple or (
+        1 if runtime.device == "cpu" or runtime.lora_backend == "torch" else TRITON_TILE
+    )
+    notes: tuple[str, ...] = ()
+    if args.lengths is None:
+        inputs = load_inputs(run_config, padding_multiple=padding)
+        spec, datasets, notes = inputs.spec, dict(inputs.datasets), inputs.notes
+    else:
+        spec = read_model_spec(run_config.base_model.path)
+        datasets = dict(enumerate(_given_lengths(args.lengths, run_config, padding)))
+        notes = tuple(
+            f"{job.name}: a global batch of {job.train.global_batch_size} takes some of the {len(rows)} rows more than "
+            "once"
+            for job, rows in zip(run_config.jobs, datasets.values(), strict=True)
+            if job.train.global_batch_size > len(rows)
+        )
+    cost = (
+        CostModel.load(args.cost_model)
+        if args.cost_model
+        else default_cost_model(spec, tensor_parallel=model.tensor_model_parallel_size)
+    )
+    layers, advice = _layers(run_config, spec, cost, datasets)
+    options = PlanOptions(
+        token_capacity=runtime.token_capacity,
+        padding_multiple=padding,
+        stages=model.pipeline_model_parallel_size,
+        virtual_stages=model.virtual_pipeline_model_parallel_size or 1,
+        replicas=args.replicas,
+        cost=cost,
+        loads=split_loads(layers),
+    )
+    sources = {index: job_batches(run_config, index, rows) for index, rows in datasets.items()}
+    return _Work(run_config, spec, sources, options, notes + advice)
+
+
+def _layers(run_config: "RunConfig", spec: "ModelSpec", cost: Any, datasets: Mapping[int, Any]) -> tuple[Any, Any]:
+    """Layers per chunk, and advice where a given layout could be better."""
+    from lorafusion_megatron.scheduler.cost import Load
+    from lorafusion_megatron.scheduler.split import best_layers, split_advice
+
+    model, capacity = run_config.model, run_config.runtime.token_capacity
+    tokens = sum(int(rows.lengths.sum()) for rows in datasets.values())
+    squares = sum(int((rows.lengths.astype(np.float64) ** 2).sum()) for rows in datasets.values())
+    load = Load(tokens=capacity, squares=capacity * squares // max(1, tokens))
+    stages = model.pipeline_model_parallel_size
+    if model.pipeline_layout == "auto":
+        return best_layers(cost, spec.num_layers, stages, model.chunks // stages, load), ()
+    advice = split_advice(cost, model.pipeline_layout, stages, load)
+    return model.pipeline_layout, (f"model.pipeline_layout: {advice}",) if advice else ()
+
+
+@dataclass(frozen=True)
+class _GivenLengths:
+    """Rows of which only the lengths are known: what `GlobalBatches` reads of a data set."""
+
+    lengths: np.ndarray
+
+    @property
+    def label_tokens(self) -> np.ndarray:
+        """Every token after the first counts, and at least one."""
+        return np.maximum(1, self.lengths - 1)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+def _given_lengths(path: Path, run_config: "RunConfig", padding: int) -> Iterator[_GivenLengths]:
+    """The rows' lengths of each job of the run, from a JSON file."""
+    from lorafusion_megatron.types import padded
+
+    rule = '--lengths takes a JSON object {"job": [length in tokens, …]} with every job of the run'
+    try:
+        given = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read ({error})", rule=rule, remedy="check it", key="--lengths") from None
+    names = [job.name for job in run_config.jobs]
+    if not isinstance(given, dict) or sorted(given) != sorted(names):
+        found = ", ".join(map(str, given)) if isinstance(given, dict) else type(given).__name__
+        raise UserError(f"{path} holds {found}", rule=rule, remedy=f"give exactly {', '.join(names)}", key="--lengths")
+    capacity = run_config.runtime.token_capacity
+    for name in names:
+        lengths = given[name]
+        valid = isinstance(lengths, list) and lengths and all(type(n) is int and n > 0 for n in lengths)
+        if not valid:
+            raise UserError(
+                f"the lengths of {name}", rule="they are whole numbers from 1, at least one", remedy="mend them",
+                key="--lengths",
+            )  # fmt: skip
+        if padded(max(lengths), padding) > capacity:
+            raise UserError(
+                f"a sample of {max(lengths)} tokens in {name}",
+                rule=f"a microbatch holds {capacity} tokens in multiples of {padding}",
+                remedy="raise runtime.token_capacity or shorten the sample",
+                key="--lengths",
+            )
+        yield _GivenLengths(np.array(lengths, dtype=np.int64))
+
+
+def _plan(work: _Work, kind: str, bar: "_Bar") -> _Planned:
+    """Plan all windows of the run with one kind of schedule, as training would."""
+    from lorafusion_megatron.scheduler.build import build_schedule
+    from lorafusion_megatron.scheduler.report import combine_reports, report_plan
+
+    options = replace(work.options, schedule=kind)
+    reports, first, seconds = [], None, 0.0
+    for batches in _windows(work):
+        started = time.perf_counter()
+        schedule = build_schedule(batches, options)
+        seconds += time.perf_counter() - started
+        first = first or schedule
+        reports.append(report_plan(schedule, batches, options))
+        bar.advance(sum(map(len, batches)))
+    assert first is not None, "a run has at least one step"
+    return _Planned(combine_reports(reports), first, len(reports), seconds)
+
+
+def _windows(work: _Work) -> Iterator[list[list["GlobalBatch"]]]:
+    """The windows that training plans, one after another; nothing of the earlier ones is kept."""
+    from lorafusion_megatron.training.windows import window_shares
+
+    done = dict.fromkeys(work.sources, 0)
+    tokens = {
+        index: float(source.dataset.lengths.mean()) * source.global_batch_size for index, source in work.sources.items()
+    }
+    budget = float(work.run.runtime.max_window_microbatches * work.options.token_capacity * work.options.replicas)
+    while True:
+        left = {i: source.num_steps - done[i] for i, source in work.sources.items() if source.num_steps > done[i]}
+        if not left:
+            return
+        shares = window_shares(left, {index: tokens[index] for index in left}, budget)
+        yield [[work.sources[i].batch(done[i] + 1 + step) for step in range(count)] for i, count in shares.items()]
+        for index, count in shares.items():
+            done[index] += count
+
+
+def _draw(args: argparse.Namespace, work: _Work, plan: _Planned) -> None:
+    """Write the pictures that were asked for."""
+    if args.gantt is None and args.trace is None:
+        return
+    from lorafusion_megatron.scheduler.gantt import draw_gantt
+    from lorafusion_megatron.scheduler.report import simulate_schedule
+    from lorafusion_megatron.scheduler.trace import write_trace
+
+    timeline = simulate_schedule(plan.first, work.options)
+    kind = work.run.runtime.schedule
+    if args.gantt is not None:
+        which = f", window 1 of {plan.windows}" if plan.windows > 1 else ""
+        title = f"{kind}{which}: {timeline.bubble_share:.1%} idle"
+        draw_gantt(args.gantt, plan.first, timeline, work.names, title)
+    if args.trace is not None:
+        write_trace(args.trace, plan.first, timeline, work.names)
+
+
+def _summary(work: _Work, planned: Mapping[str, _Planned]) -> str:
+    """Model, layout, a line per job, a line per schedule, notes."""
+    options, chosen = work.options, planned["staggered"].report
+    layers = [round(load.layers) for load in options.chunk_loads]
+    jobs = [("job", "rows", "tokens", "batch", "steps", "microbatches")]
+    for index, source in work.sources.items():
+        jobs.append(
+            (
+                work.names[index],
+                str(len(source.dataset)),
+                str(chosen.job_tokens.get(index, 0)),
+                str(source.global_batch_size),
+                str(source.num_steps),
+                str(chosen.job_microbatches.get(index, 0)),
+            )
+        )
+    kinds = [("schedule", "microbatches", "no-ops", "fill", "predicted s", "bubbles", "of split", "of lemma")]
+    for kind, plan in planned.items():
+        r = plan.report
+        shares = [f"{share:.1%}" for share in (r.bubble_share, r.split_bound, r.lemma_bound)]
+        kinds.append((kind, str(r.microbatches), str(r.noops), f"{r.fill:.1%}", f"{r.predicted_seconds:.4g}", *shares))
+    plan = planned["staggered"]
+    lines = [
+        f"layout  {options.stages} stages of layers {layers}, {options.replicas} replicas, token capacity "
+        f"{options.token_capacity}, each job's rows padded to {options.padding_multiple}",
+        f"planned {plan.windows} windows in {plan.seconds:.2f} s; at least {chosen.fewest_microbatches} microbatches "
+        f"by tokens, {chosen.packing_bound} by lengths, {chosen.lemma_positions} positions by dependencies",
+        "",
+        *_aligned(jobs),
+        "",
+        *_aligned(kinds),
+    ]
+    if work.notes:
+        lines += ["", *(f"note: {note}" for note in work.notes)]
+    return "\n".join(lines)
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table, its first column to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table]
+
+
+class _Bar:
+    """A progress bar on stderr, from the first second on."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.started = total, 0, time.perf_counter()
+        self.progress: Any = None
+
+    def advance(self, steps: int) -> None:
+        self.done += steps
+        if self.progress is None and time.perf_counter() - self.started > 1.0 and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self.progress = Progress(console=Console(stderr=True), transient=True)
+            self.progress.start()
+            self.task = self.progress.add_task("planning", total=self.total)
+        if self.progress is not None:
+            self.progress.update(self.task, completed=self.done)
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.progress is not None:
+            self.progress.stop()
