@@ -132,6 +132,11 @@ def command(words: list[str]) -> int:
     return main(words)
 
 
+def train_in_turn(runs: list[list[str]]) -> int:
+    """Several runs one after the other in the same process, each with its own process groups."""
+    return next((status for words in runs if (status := command(["train", *words]))), 0)
+
+
 def _rank(target: Callable[..., int | None], arguments: tuple[Any, ...], settings: dict[str, str], log: str) -> None:
     """Body of a rank's process."""
     os.environ.update(settings)

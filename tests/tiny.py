@@ -32,6 +32,14 @@ CONFIG = {
     "tie_word_embeddings": False,
     "hidden_act": "silu",
 }
+OPTIMIZER = {
+    "lr": 2e-3,
+    "weight_decay": 0.01,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.95,
+    "adam_eps": 1e-6,
+    "clip_grad": 0.5,
+}
 Tensors = dict[str, torch.Tensor]
 
 
@@ -126,15 +134,17 @@ def job(
         "name": name,
         "dataset": {"path": str(data), "shuffle": False},
         "peft": peft,
-        "optimizer": {"lr": 2e-3, "weight_decay": 0.01, "adam_beta2": 0.95, "adam_eps": 1e-6, **(optimizer or {})},
+        "optimizer": OPTIMIZER | (optimizer or {}),
+        "scheduler": {"lr_decay_style": "cosine", "lr_warmup_iters": 1, "min_lr": 1e-4},
         "train": {"global_batch_size": batch, "train_iters": steps},
     }
 
 
-def write_run(folder: Path, jobs: Sequence[dict[str, Any]], **runtime: Any) -> Path:
-    """A run file in fp32 on the CPU."""
+def write_run(folder: Path, jobs: Sequence[dict[str, Any]], *, base: Path | None = None, **runtime: Any) -> Path:
+    """A run file in fp32 on the CPU; the base model is ``folder/base`` unless another is given."""
+    folder.mkdir(parents=True, exist_ok=True)
     run = {
-        "base_model": {"path": str(folder / "base"), "dtype": "float32"},
+        "base_model": {"path": str(base or folder / "base"), "dtype": "float32"},
         "runtime": {"token_capacity": 128, "seed": 5, "device": "cpu", "distributed_timeout_minutes": 1.0, **runtime},
         "jobs": list(jobs),
         "checkpoint": {"save": str(folder / "out")},
@@ -154,9 +164,14 @@ def tiny_run(folder: Path, **runtime: Any) -> Path:
     return write_run(folder, jobs, **runtime)
 
 
+def read(folder: Path) -> Tensors:
+    """The tensors of an adapter's folder."""
+    return load_file(folder / "adapter_model.safetensors")
+
+
 def adapter(folder: Path, name: str) -> Tensors:
-    """The tensors of a job's latest adapter."""
-    return load_file(folder / name / "adapter_model.safetensors")
+    """The tensors of a job's latest adapter in the folder of a run."""
+    return read(folder / name)
 
 
 def losses(folder: Path, name: str) -> list[float]:

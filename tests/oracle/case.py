@@ -6,8 +6,10 @@ import io
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from tests.launch import Ranks
 
@@ -46,8 +48,17 @@ class OracleCase:
 
 
 def make_case(folder: Path, *, arch: str, tied: bool = False, jobs: int = 3, seed: int = 0) -> OracleCase:
-    """Write a case and let the oracle train it, in a process of its own."""
+    """Write one of the oracle's own cases and let it train every job, in a process of its own."""
     Ranks(_make, (str(folder), arch, tied, jobs, seed), world=1, folder=folder / "logs").wait(180.0).check()
+    return OracleCase(folder=folder)
+
+
+def train_case(folder: Path) -> OracleCase:
+    """Let the oracle train the jobs of ``folder/run.yaml``: in file order, without dropout, each from an adapter.
+
+    Where a job targets a fused linear by Megatron's name, PEFT's modules under it share one A parameter.
+    """
+    Ranks(_train, (str(folder),), world=1, folder=folder / "logs").wait(180.0).check()
     return OracleCase(folder=folder)
 
 
@@ -55,4 +66,28 @@ def _make(folder: str, arch: str, tied: bool, jobs: int, seed: int) -> None:
     from tests.oracle import peft_oracle
 
     peft_oracle.make(argparse.Namespace(case=folder, arch=arch, tied=tied, jobs=jobs, seed=seed, pp=1))
-    peft_oracle.train(argparse.Namespace(run=f"{folder}/run.yaml", oracle=f"{folder}/oracle"))
+    _train(folder)
+
+
+def _train(folder: str) -> None:
+    import peft
+
+    from tests.oracle import peft_oracle
+
+    run = yaml.safe_load(Path(folder, "run.yaml").read_text())
+    load = peft.PeftModel.from_pretrained
+    for job in run["jobs"]:
+        targets = job["peft"].get("target_modules", [])
+
+        def sharing(base: Any, path: str, targets: list[str] = targets, **options: Any) -> Any:
+            model = load(base, path, **options)
+            for block in model.base_model.model.model.layers:
+                attention, mlp = block.self_attn, block.mlp
+                if "linear_qkv" in targets:
+                    attention.k_proj.lora_A = attention.v_proj.lora_A = attention.q_proj.lora_A
+                if "linear_fc1" in targets:
+                    mlp.up_proj.lora_A = mlp.gate_proj.lora_A
+            return model
+
+        peft.PeftModel.from_pretrained = sharing
+        peft_oracle.train_job(run, job, Path(folder, "oracle", job["name"]))
