@@ -1,11 +1,11 @@
 """A whole run: checks first, then process groups, then the trainer."""
 
 import os
-import warnings
 
 import torch
 
 from ..config.run import RunConfig
+from ..mcore.quiet import quiet_megatron
 from .progress import make_progress
 from .setup import prepare
 from .signals import EXIT_STOPPED, StopRequest
@@ -20,8 +20,8 @@ def train_run(run: RunConfig) -> int:
     Raises:
         UserError: the run can't start as it is; no process group was made and nothing was written.
     """
+    quiet_megatron()
     prepared = prepare(run)
-    _quiet_megatron()
     from ..mcore import parallel
     from .trainer import Trainer
 
@@ -54,9 +54,3 @@ def train_run(run: RunConfig) -> int:
         stop.restore()
         parallel.stop()
     return 0 if done else EXIT_STOPPED
-
-
-def _quiet_megatron() -> None:
-    """Megatron warns at import, once a module, that Apex and Transformer Engine are missing; `train` says so itself."""
-    for message in (".*Apex (is|are) not installed.*", "Transformer Engine and Apex are not installed.*"):
-        warnings.filterwarnings("ignore", message=message, category=UserWarning)
