@@ -1,7 +1,7 @@
 """A frozen GPTModel from a Hugging Face model's dimensions, for this rank's pipeline stage and tensor shard."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,9 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ..types import ModelSpec, Topology, padded
+from .attention import PackedAttention
 from .local_spec import local_block_spec
+from .vocab_loss import fused_vocab_loss, vocab_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,8 @@ def transformer_config(spec: ModelSpec, topology: Topology, options: BuildOption
     Note: ``variable_seq_lengths`` is refused with the default MoE dispatcher even for dense models, hence
     "alltoall". ``calculate_per_token_loss`` makes the schedule use the loss as it is given, without dividing by
     the number of microbatches. ``overlap_p2p_comm`` goes with interleaving because without it two stages mix up
-    messages (previous and next peer are the same rank).
+    messages (previous and next peer are the same rank). ``batch_p2p_sync`` would stop the host at every message; it
+    guards against a race of PyTorch before 1.12.
     """
     on_gpu = options.device.type == "cuda"
     interleaved = topology.virtual_pipeline is not None
@@ -73,6 +76,7 @@ def transformer_config(spec: ModelSpec, topology: Topology, options: BuildOption
         deallocate_pipeline_outputs=True,
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        batch_p2p_sync=False,
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
@@ -80,7 +84,6 @@ def transformer_config(spec: ModelSpec, topology: Topology, options: BuildOption
         bias_dropout_fusion=False,
         bias_activation_fusion=on_gpu,
         apply_rope_fusion=options.transformer_impl == "transformer_engine",
-        cross_entropy_loss_fusion=on_gpu,
         recompute_granularity=options.recompute_granularity,
         recompute_method="uniform" if full else None,
         recompute_num_layers=1 if full else None,
@@ -108,11 +111,13 @@ def build_chunks(spec: ModelSpec, topology: Topology, options: BuildOptions) -> 
             pre_process=index == 0,
             post_process=index == len(options.layers_per_chunk) - 1,
             share_embeddings_and_output_weights=False,
-            position_embedding_type="rope",
+            position_embedding_type="none" if options.transformer_impl == "local" else "rope",
             rotary_base=spec.rope_theta,
             vp_stage=vp_stage,
         )
         prepare_base(model, spec)
+        if model.post_process:
+            model.compute_language_model_loss = _Loss(model, fused=options.transformer_impl == "transformer_engine")
         chunks.append(model.to(options.device).train())
     return chunks
 
@@ -184,7 +189,7 @@ def prepare_base(model: GPTModel, spec: ModelSpec) -> None:
     Its embedding passes a gradient on to the first block. Idempotence is the caller's: hooks are added at each call.
     """
     model.requires_grad_(False)
-    model.rotary_pos_emb.inv_freq = rotary_inverse_frequencies(spec).to(model.rotary_pos_emb.inv_freq.device)
+    _set_rotary(model, rotary_inverse_frequencies(spec))
     if model.pre_process:
         # Without this, full recompute would see no input that requires a gradient and drop the adapters' own.
         model.embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
@@ -211,6 +216,31 @@ def _drop_absent_biases(model: GPTModel, spec: ModelSpec) -> None:
         linear = name.rsplit(".", 1)[-1]
         if linear in has_bias and not has_bias[linear] and getattr(module, "bias", None) is not None:
             module.bias = None
+
+
+def _set_rotary(model: GPTModel, inverse: torch.Tensor) -> None:
+    """Give the frequencies to whoever turns queries and keys: Megatron's rotary embedding or our attention."""
+    if model.position_embedding_type == "rope":
+        model.rotary_pos_emb.inv_freq = inverse.to(model.rotary_pos_emb.inv_freq.device)
+        return
+    inverse = inverse.to(next(model.parameters()).device)
+    for module in model.modules():
+        if isinstance(module, PackedAttention):
+            module.inverse_frequencies = inverse
+
+
+class _Loss:
+    """In place of the model's loss: the same cross-entropy without a second copy of the logits."""
+
+    def __init__(self, model: GPTModel, *, fused: bool) -> None:
+        group = model.pg_collection.tp
+        self._group = group if group.size() > 1 else None
+        self._first = group.rank() * model.output_layer.output_size_per_partition
+        self._loss: Callable[..., torch.Tensor] = fused_vocab_loss if fused else vocab_loss
+
+    def __call__(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """``labels`` ``[1, tokens]``, ``logits`` ``[tokens, 1, vocabulary]`` -> ``[1, tokens]``."""
+        return self._loss(logits[:, 0], labels[0], first=self._first, group=self._group)[None]
 
 
 class _MaskPaddedVocabulary:

@@ -10,7 +10,7 @@ from ..config.build import Builder
 from ..config.job import JobConfig
 from ..data.collate import collate
 from ..data.dataset import JobDataset
-from ..mcore.batch import device_batch
+from ..mcore.batch import HostBatch, host_batch
 from ..mcore.parallel import Groups
 from ..mcore.stop import StopVote
 from ..mcore.stream import DeviceBatch, StreamRunner, WindowResult
@@ -24,6 +24,7 @@ from .jobs import Job
 from .lifecycle import Inbox
 from .loggers import Loggers
 from .output import MetricsLog, chrome_trace, write_json
+from .prefetch import prefetch
 from .progress import Progress
 from .rack import AdapterRack
 from .resume import Resumed, find_resume
@@ -115,7 +116,13 @@ class Trainer:
         vote = StopVote(
             self.groups, self.stop.wished, lead=2 * pipeline * chunks, interval=max(8, 2 * pipeline * chunks)
         )
-        result = self.runner.run(rest, lambda: self._batches(rest, applied), noop=self._noop(), vote=vote)
+        result = self.runner.run(
+            rest,
+            lambda: prefetch(self._batches(rest, applied), self.groups.device),
+            noop=self._noop(),
+            vote=vote,
+            flush=self.run.runtime.schedule == "sequential",
+        )
         stopped = vote.finish()
         self.saver.close_window()
         self._close_window(rest, result)
@@ -216,7 +223,7 @@ class Trainer:
             schedule=runtime.schedule,
         )
 
-    def _batches(self, schedule: Schedule, applied: dict[int, int]) -> Iterator[DeviceBatch]:
+    def _batches(self, schedule: Schedule, applied: dict[int, int]) -> Iterator[HostBatch]:
         """This replica's microbatches, in order; samples of steps that are done already have weight 0."""
         datasets = {index: job.dataset for index, job in self.jobs.items() if job.dataset is not None}
         for microbatch in schedule.replicas[self.groups.dp_rank]:
@@ -230,17 +237,17 @@ class Trainer:
         done: dict[int, int] | None = None,
         *,
         validation: bool = False,
-    ) -> DeviceBatch:
+    ) -> HostBatch:
         packed = collate(microbatch, datasets, self.prepared.padding_multiple, row_multiple=self.prepared.row_multiple)
         for job, steps in (done or {}).items():
             packed.loss_weights[(packed.row_job == job) & (packed.row_step <= steps)] = 0.0
         jobs = {sample.job for sample in microbatch.samples}
-        return device_batch(
+        return host_batch(
             packed,
             seeds={job: self.run.job_seed(job) for job in jobs},
             slots={job: self._slot(job) + validation for job in jobs},
             tile=self.prepared.backend.tile,
-            device=self.groups.device,
+            pinned=self.groups.device.type == "cuda",
         )
 
     def _slot(self, job: int) -> int:
@@ -249,7 +256,7 @@ class Trainer:
         return slot
 
     def _noop(self) -> DeviceBatch:
-        return self._batch(Microbatch(), {})
+        return self._batch(Microbatch(), {}).to(self.groups.device)[0]
 
     # ------------------------------------------------------------------ steps
 
@@ -283,7 +290,10 @@ class Trainer:
         schedule = self.groups.broadcast(plan_evaluation(datasets, self._options()) if self.groups.is_first else None)
         microbatches = schedule.replicas[self.groups.dp_rank]
         sums = self.runner.evaluate(
-            lambda: (self._batch(microbatch, datasets, validation=True) for microbatch in microbatches),
+            lambda: prefetch(
+                (self._batch(microbatch, datasets, validation=True) for microbatch in microbatches),
+                self.groups.device,
+            ),
             len(microbatches),
             schedule.token_capacity,
         )
