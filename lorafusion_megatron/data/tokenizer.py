@@ -6,7 +6,11 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from lorafusion_megatron.data.conversion import convert_apart
 from lorafusion_megatron.errors import UserError
+
+_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+"""Files of which a tokenizer that Transformers can load has at least one."""
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
@@ -22,20 +26,21 @@ class TextTokenizer:
     Raises:
         UserError: there is no tokenizer, or it cannot be read.
 
-    Note: Transformers imports torch (4 s and 400 MB here), so ``tokenizer.json`` is read by the `tokenizers` library
-        itself. A folder without that file goes through Transformers, which converts what it can.
+    Note: Transformers takes a byte-level ``tokenizer.json`` (GPT-2's kind: Llama 3, Qwen, SmolLM2) as it stands, so
+        the `tokenizers` library reads it here without torch. What Transformers builds anew from other files
+        (SentencePiece's kind: Llama 2, Mistral) comes from Transformers itself.
     """
 
     def __init__(self, folder: Path, *, trust_remote_code: bool, key: str) -> None:
         self._key = key
         self.config = _read_json(folder / "tokenizer_config.json", key)
         """``tokenizer_config.json``; empty without one."""
+        self.special_tokens: dict[str, str] = self._special_tokens(folder)
+        """Name (``eos_token``) -> its text, for chat templates."""
         backend = self._from_file(folder) or self._from_transformers(folder, trust_remote_code)
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self.special_tokens = self._special_tokens(folder)
-        """Name (``eos_token``) -> its text, for chat templates."""
         self.bos_ids = self._bos_ids()
         """What stands before plain text: nothing, or the token that begins a sequence."""
         # Its other work is to take white space out of the tokens' spans, which would lose labels.
@@ -58,31 +63,30 @@ class TextTokenizer:
         if not path.is_file():
             return None
         try:
-            return Tokenizer.from_file(str(path))
+            tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
-            raise UserError(
-                f"{path} cannot be read ({str(error)[:120]})",
-                rule="text rows need the model's tokenizer",
-                remedy="copy the file anew, or give tokenized rows (prompt_ids, completion_ids)",
-                key=self._key,
-            ) from None
+            raise self._unusable(f"{path} cannot be read ({str(error)[:120]})", "copy the file anew") from None
+        is_byte_level = '"ByteLevel"' in json.dumps(_read_json(path, self._key).get("pre_tokenizer"))
+        return tokenizer if is_byte_level else None
 
     def _from_transformers(self, folder: Path, trust_remote_code: bool) -> Any:
-        from transformers import AutoTokenizer
-
-        reason = "it has no fast form"
+        if not any((folder / name).is_file() for name in _FILES):
+            raise self._unusable(f"{folder} has no tokenizer", "add tokenizer.json to the folder")
         try:
-            loaded = AutoTokenizer.from_pretrained(
-                str(folder), trust_remote_code=trust_remote_code, local_files_only=True
-            )
-            if backend := getattr(loaded, "backend_tokenizer", None):
-                return backend
-        except Exception as error:  # whatever a folder makes Transformers raise: OSError, ValueError, ImportError, …
-            reason = str(error).strip().split("\n")[0][:120]
-        raise UserError(
-            f"{folder} has no tokenizer that can be used ({reason})",
+            converted = convert_apart(folder, trust_remote_code=trust_remote_code)
+        except ValueError as error:
+            remedy = "add tokenizer.json to the folder"
+            if "custom code" in str(error):
+                remedy = "set base_model.trust_remote_code: true if you trust it"
+            raise self._unusable(f"{folder} has no tokenizer that can be used ({error})", remedy) from None
+        self.special_tokens |= converted["special_tokens"]
+        return Tokenizer.from_str(converted["tokenizer"])
+
+    def _unusable(self, given: str, remedy: str) -> UserError:
+        return UserError(
+            given,
             rule="text rows need the model's tokenizer",
-            remedy="add tokenizer.json to the folder, or give tokenized rows (prompt_ids, completion_ids)",
+            remedy=f"{remedy}, or give tokenized rows (prompt_ids, completion_ids)",
             key=self._key,
         )
 
@@ -97,10 +101,7 @@ class TextTokenizer:
         return found
 
     def _bos_ids(self) -> list[int]:
-        wanted = self.config.get("add_bos_token")
-        bos = self._backend.token_to_id(self.special_tokens.get("bos_token", ""))
-        if isinstance(wanted, bool):
-            return [bos] if wanted and bos is not None else []
+        # As Transformers does: what tokenizer.json adds counts, whatever add_bos_token says.
         plain = self.encode("a")
         full: list[int] = self._backend.encode("a", add_special_tokens=True).ids
         start = next((n for n in range(len(full)) if full[n : n + len(plain)] == plain), 0)
