@@ -10,6 +10,8 @@ from lorafusion_megatron.config.rules import in_range, require, show
 from lorafusion_megatron.config.schedule import lr_at
 from lorafusion_megatron.config.targets import ALL_LINEAR, HF_TARGETS, check_targets
 
+RESERVED = ("state", "inbox", "metrics.jsonl", "trace.json")
+"""What stands beside the jobs' folders under checkpoint.save."""
 MAX_SEED = (1 << 63) - 1
 MAX_COUNT = (1 << 31) - 1
 """Bound of counts: steps, rows and tokens are 32-bit in dropout keys and packed batches."""
@@ -207,10 +209,11 @@ class JobConfig:
 
     def __post_init__(self) -> None:
         require(
-            bool(re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}", self.name)) and self.name.lower() != "state",
+            bool(re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}", self.name)) and self.name.lower() not in RESERVED,
             key="name",
             given=f"got {show(self.name)}",
-            rule="a job's name becomes a folder: 1 to 128 of A-Z a-z 0-9 . _ -, no dot in front, and not 'state'",
+            rule="a job's name becomes a folder: 1 to 128 of A-Z a-z 0-9 . _ -, no dot in front, "
+            f"and none of {', '.join(RESERVED)}",
             remedy="rename the job",
         )
         in_range("max_length", self.max_length, low=2, high=MAX_COUNT)
