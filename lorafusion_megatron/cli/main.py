@@ -75,7 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except UserError as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        # Under torchrun every rank meets the same mistake: one line a machine is enough.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

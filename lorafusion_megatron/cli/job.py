@@ -1,0 +1,104 @@
+"""``job``: add, pause, resume, cancel or list the jobs of a run that is going on.
+
+A request is a file in ``RUN_DIR/inbox``; the run reads it when its window ends, does the same on all ranks, records
+it in ``RUN_DIR/events.jsonl`` and removes the file. A refused request stays as ``….refused`` and the log says why.
+"""
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+from lorafusion_megatron.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    add = actions.add_parser("add", help="let a new job join")
+    add.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the run's checkpoint.save folder")
+    add.add_argument("job_file", type=Path, metavar="JOB.yaml", help="a job, with the keys of one under 'jobs'")
+    for action, text in (
+        ("pause", "keep a job's adapter and state but train no further"),
+        ("resume", "go on with a paused job"),
+        ("cancel", "end a job; its latest adapter is written"),
+    ):
+        sub = actions.add_parser(action, help=text)
+        sub.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+        sub.add_argument("name", metavar="JOB", help="the job's name")
+    listing = actions.add_parser("list", help="list the jobs and the requests that wait")
+    listing.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Leave a request, or list; 0."""
+    from lorafusion_megatron.training.status import read_status
+
+    status = read_status(args.run_dir)
+    inbox = args.run_dir / "inbox"
+    if args.action == "list":
+        for job in status.jobs:
+            reason = f"  ({job.reason})" if job.reason else ""
+            print(f"{job.name}  {job.status}  {job.step}/{job.num_steps}{reason}")
+        for file in sorted(inbox.glob("*.yaml")):
+            print(f"waiting: {file.name}")
+        return 0
+    if status.state != "running":
+        raise UserError(
+            f"the run in {args.run_dir} is {status.state}",
+            rule="requests are read by a running run",
+            remedy="change the run file and start it again",
+            key="RUN_DIR",
+        )
+    if args.action == "add":
+        text, name = _read_job(args.job_file), args.job_file.stem
+    else:
+        known = {job.name for job in status.jobs}
+        if args.name not in known:
+            raise UserError(
+                f"no job is called {args.name}",
+                rule=f"this run has {', '.join(sorted(known))}",
+                remedy="give one of these names",
+                key="JOB",
+            )
+        text, name = f"op: {args.action}\nname: {args.name}\n", f"{args.action}-{args.name}"
+    inbox.mkdir(exist_ok=True)
+    # Written under a name that the run does not read, then renamed: it never sees half of one.
+    target = inbox / f"{time.time_ns()}-{name}.yaml"
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.rename(target)
+    print(f"{target} is read when the run's window ends")
+    return 0
+
+
+def _read_job(path: Path) -> str:
+    """The text of a job file, after the checks that need neither the model nor the data."""
+    from lorafusion_megatron.config.build import Builder
+    from lorafusion_megatron.config.job import JobConfig
+    from lorafusion_megatron.config.yaml_reader import parse_yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} can't be read ({error})", rule="a job is a YAML file", remedy="check the path", key="JOB.yaml"
+        ) from None
+    raw = parse_yaml(text, source=str(path))
+    Builder(path.parent).section(JobConfig, raw, str(path))
+    # The run looks relative paths up in its own folders: what exists from here is made absolute.
+    return _absolute(text, path.parent, raw)
+
+
+def _absolute(text: str, folder: Path, raw: object) -> str:
+    import yaml
+
+    assert isinstance(raw, dict)
+    changed = False
+    for section, key in (("dataset", "path"), ("eval", "path"), ("peft", "init_from")):
+        value = (raw.get(section) or {}).get(key)
+        if isinstance(value, str) and not Path(value).is_absolute():
+            found = Path(value) if Path(value).exists() else folder / value
+            raw[section][key] = str(found.absolute())
+            changed = True
+    return yaml.safe_dump(raw, sort_keys=False) if changed else text
