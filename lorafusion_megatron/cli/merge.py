@@ -22,7 +22,8 @@ def run(args: argparse.Namespace) -> int:
     from lorafusion_megatron.models.merge import merge_adapter
 
     columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("merging", total=None)
         merge_adapter(
             args.base,
