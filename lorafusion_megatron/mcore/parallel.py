@@ -83,6 +83,17 @@ def start(topology: Topology, *, device: str, seed: int, timeout_minutes: float)
         create_gloo_process_groups=device != "cuda",
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return join(device=local, timeout_minutes=timeout_minutes)
+
+
+def join(*, device: torch.device, timeout_minutes: float) -> Groups:
+    """The groups of a rank where Megatron's own are made; every rank calls it.
+
+    Args:
+        device: where this rank's model is.
+        timeout_minutes: of the groups that are added here.
+    """
+    timeout = timedelta(minutes=timeout_minutes)
     return Groups(
         tensor=parallel_state.get_tensor_model_parallel_group(),
         data=parallel_state.get_data_parallel_group(),
@@ -96,7 +107,7 @@ def start(topology: Topology, *, device: str, seed: int, timeout_minutes: float)
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
-        device=local,
+        device=device,
     )
 
 

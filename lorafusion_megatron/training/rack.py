@@ -1,10 +1,12 @@
 """The frozen model of a rank and the adapters that are mounted on it, one a slot."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..lora.bank import AdapterShard
+from ..lora.bank import AdapterShard, TargetLinear
 from ..mcore.build import BuildOptions, build_chunks, canonical_parameters
 from ..mcore.device_steps import make_steps
 from ..mcore.inject import inject
@@ -19,39 +21,63 @@ from .setup import Prepared, linear_layouts
 from .state import load_job
 
 
+@dataclass(frozen=True, kw_only=True)
+class InjectedModel:
+    """This rank's frozen model with its weights, whose linears serve adapters."""
+
+    chunks: Sequence[torch.nn.Module]
+    """What Megatron's schedules run, one a virtual stage; wrapped or not."""
+    targets: Sequence[TargetLinear]
+
+
+def build_model(prepared: Prepared, groups: Groups) -> InjectedModel:
+    """Build a rank's part of the base model of a run, read its weights, and inject adapters."""
+    run, spec = prepared.run, prepared.spec
+    options = BuildOptions(
+        dtype=getattr(torch, run.base_model.dtype),
+        device=groups.device,
+        layers_per_chunk=prepared.layers_per_chunk,
+        transformer_impl=prepared.transformer_impl,
+        recompute_granularity=run.model.recompute_granularity,
+    )
+    chunks = build_chunks(spec, prepared.topology, options)
+    return InjectedModel(chunks=chunks, targets=load_and_inject(chunks, prepared, groups))
+
+
+def load_and_inject(chunks: Sequence[torch.nn.Module], prepared: Prepared, groups: Groups) -> list[TargetLinear]:
+    """Fill frozen GPTModel chunks with the base model's weights and take their linears over.
+
+    Raises:
+        UserError: the checkpoint doesn't fit the model.
+    """
+    spec = prepared.spec
+    load_base_weights(
+        prepared.run.base_model.path,
+        spec,
+        canonical_parameters(chunks),
+        tp_rank=groups.tp_rank,
+        tp_size=groups.tp_size,
+    )
+    return inject(
+        chunks,
+        linear_layouts(spec, groups.tp_rank, groups.tp_size),
+        backend=prepared.backend,
+        tp_rank=groups.tp_rank,
+        tp_size=groups.tp_size,
+    )
+
+
 class AdapterRack:
-    """This rank's model chunks with their weights, and the adapters of the jobs that are training.
+    """This rank's model, and the adapters of the jobs that are training.
 
     Every job has two slots: an even one, and the odd one after it, which is the same adapter without dropout, for
     validation.
     """
 
-    def __init__(self, prepared: Prepared, groups: Groups) -> None:
+    def __init__(self, prepared: Prepared, groups: Groups, model: InjectedModel) -> None:
         self._prepared, self._groups = prepared, groups
-        run, spec = prepared.run, prepared.spec
-        self._dtype = getattr(torch, run.base_model.dtype)
-        options = BuildOptions(
-            dtype=self._dtype,
-            device=groups.device,
-            layers_per_chunk=prepared.layers_per_chunk,
-            transformer_impl=prepared.transformer_impl,
-            recompute_granularity=run.model.recompute_granularity,
-        )
-        self.chunks = build_chunks(spec, prepared.topology, options)
-        load_base_weights(
-            run.base_model.path,
-            spec,
-            canonical_parameters(self.chunks),
-            tp_rank=groups.tp_rank,
-            tp_size=groups.tp_size,
-        )
-        self._targets = inject(
-            self.chunks,
-            linear_layouts(spec, groups.tp_rank, groups.tp_size),
-            backend=prepared.backend,
-            tp_rank=groups.tp_rank,
-            tp_size=groups.tp_size,
-        )
+        self._dtype = getattr(torch, prepared.run.base_model.dtype)
+        self.chunks, self._targets = list(model.chunks), list(model.targets)
         self.steps: dict[int, AdapterSteps] = {}
         """Job -> its optimizer steps, in the order in which the jobs came."""
         self.shards: dict[int, AdapterShard] = {}

@@ -44,7 +44,14 @@ class Resumed:
         return {name: record["applied"] for name, record in self.records.items()}
 
 
-def find_resume(run: RunConfig, groups: Groups, shape: Mapping[str, Any], note: Callable[[str], None]) -> Resumed:
+def find_resume(
+    run: RunConfig,
+    groups: Groups,
+    shape: Mapping[str, Any],
+    note: Callable[[str], None],
+    *,
+    source: Path | None = None,
+) -> Resumed:
     """Find where to begin; rank 0 looks, every rank gets the same.
 
     Args:
@@ -52,6 +59,7 @@ def find_resume(run: RunConfig, groups: Groups, shape: Mapping[str, Any], note: 
         groups: this rank's groups.
         shape: what this run's schedules are made for.
         note: told what is passed over and what is taken.
+        source: state folder to begin from; None: the run's own, where it resumes.
 
     Raises:
         UserError: a job of the checkpoint has another adapter in the run file.
@@ -59,8 +67,8 @@ def find_resume(run: RunConfig, groups: Groups, shape: Mapping[str, Any], note: 
     folder = Path(run.checkpoint.save) / "state"
     found = None
     if groups.is_first:
-        if run.checkpoint.resume == "auto":
-            found = newest_state(folder, note)
+        if source is not None or run.checkpoint.resume == "auto":
+            found = newest_state(source or folder, note)
             drop_unfinished(folder)
         if found is None:
             _start_afresh(folder, note)

@@ -4,11 +4,19 @@ import os
 import signal
 import time
 from types import FrameType
+from typing import Protocol
 
 EXIT_STOPPED = 75
 """Exit status of a run that a signal ended after its state was saved (EX_TEMPFAIL of sysexits.h: run it again)."""
 SAME_SIGNAL_SECONDS = 2.0
 """A launcher often passes a signal on that the process group got already; within this time it is the same one."""
+
+
+class Stop(Protocol):
+    """Whoever knows whether this rank is to stop."""
+
+    def wished(self) -> bool:
+        """Whether to stop."""
 
 
 class StopRequest:

@@ -26,11 +26,11 @@ from .loggers import Loggers
 from .output import MetricsLog, chrome_trace, write_json
 from .prefetch import prefetch
 from .progress import Progress
-from .rack import AdapterRack
+from .rack import AdapterRack, InjectedModel, build_model
 from .resume import Resumed, find_resume
 from .saver import PlanPosition, SaveItem, Saver, plan_saves
 from .setup import Prepared
-from .signals import StopRequest
+from .signals import Stop
 from .windows import window_shares
 
 
@@ -42,19 +42,32 @@ class Trainer:
         groups: this rank's process groups.
         progress: where steps and windows are shown (rank 0).
         stop: whether a signal asked to stop.
+        model: this rank's model; None: built as the run says.
+        resume_from: state folder to begin from; None: the run's own.
     """
 
-    def __init__(self, prepared: Prepared, groups: Groups, progress: Progress, stop: StopRequest) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        groups: Groups,
+        progress: Progress,
+        stop: Stop,
+        *,
+        model: InjectedModel | None = None,
+        resume_from: Path | None = None,
+    ) -> None:
         self.prepared, self.groups, self.progress, self.stop = prepared, groups, progress, stop
         self.run = prepared.run
         self.folder = Path(self.run.checkpoint.save)
         self.jobs: dict[int, Job] = {}
-        self.rack = AdapterRack(prepared, groups)
+        self.rack = AdapterRack(prepared, groups, model or build_model(prepared, groups))
         self.runner = StreamRunner(
             self.rack.chunks, self.rack.steps, on_applied=self._on_applied, on_report=self._on_report
         )
         self.spans: list[dict[str, Any]] = []
-        resumed = find_resume(self.run, groups, self._shape(), progress.note)
+        self.stopped = False
+        """Whether the ranks agreed to stop; the state is saved then."""
+        resumed = find_resume(self.run, groups, self._shape(), progress.note, source=resume_from)
         self.window, self._left = resumed.window, resumed.schedule
         self._mount_all(resumed)
         self.metrics = MetricsLog(self.folder, resumed.applied_by_name()) if groups.is_first else None
@@ -80,19 +93,36 @@ class Trainer:
         Returns:
             Whether every job ended.
         """
-        stopped = False
-        while not stopped:
-            if self._left is None:
-                self._between_windows()
-            schedule = self._left or self._plan()
-            if schedule is None:
-                break
-            stopped = self._run_window(schedule)
-        if not stopped:
+        while not self.stopped and self.advance():
+            pass
+        self.finish(complete=not self.stopped)
+        return not self.stopped
+
+    def advance(self) -> bool:
+        """Run the next window; False where no job is left to train."""
+        if self._left is None:
+            self._between_windows()
+        schedule = self._left or self._plan()
+        if schedule is None:
+            return False
+        self.stopped = self._run_window(schedule)
+        return True
+
+    def checkpoint(self) -> str | None:
+        """Save the state between two windows and wait for it; the checkpoint's folder on rank 0.
+
+        After a stop within a window the state is saved already, as it was there.
+        """
+        if not self.stopped:
             self._save_state(None)
+        self.saver.drain()
+        return self.writer.last_state
+
+    def finish(self, *, complete: bool) -> None:
+        """Wait until everything is written, and end. ``complete``: whether every job ended."""
+        self.checkpoint()
         self.saver.finish()
-        self._close(stopped)
-        return not stopped
+        self._close(not complete)
 
     # ------------------------------------------------------------------ windows
 
