@@ -274,3 +274,10 @@ def check_tensor_parallel(spec: ModelSpec, tp_size: int, *, key: str = "model.te
                 remedy=f"use a divisor of {number}",
                 key=key,
             )
+    if tp_size > 1 and spec.ffn_hidden_size // tp_size % 2:
+        raise UserError(
+            f"{tp_size} tensor-parallel ranks for {spec.ffn_hidden_size} MLP features",
+            rule="each rank takes an even number of them, since one random word makes the dropout of two",
+            remedy="use fewer ranks",
+            key=key,
+        )
