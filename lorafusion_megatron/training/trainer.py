@@ -224,14 +224,12 @@ class Trainer:
 
     def _plan(self) -> Schedule | None:
         """The next window, made on rank 0, the same on all ranks; None where no job is left to train."""
-        runtime = self.run.runtime
         running = [job for job in self.jobs.values() if job.status == "running"]
         if not running:
             return None
         remaining = {job.index: job.num_steps - job.applied for job in running}
-        tokens = {job.index: _tokens_per_step(job) for job in running}
-        budget = float(runtime.max_window_microbatches * runtime.token_capacity * self.groups.dp_size)
-        shares = window_shares(remaining, tokens, budget)
+        tokens = {job.index: self.tokens_per_step(job) for job in running}
+        shares = window_shares(remaining, tokens, self.window_tokens)
         schedule = None
         if self.groups.is_first:
             batches = [
@@ -241,6 +239,18 @@ class Trainer:
             ]
             schedule = build_schedule(batches, self._options())
         return self.groups.broadcast(schedule)
+
+    @property
+    def window_tokens(self) -> float:
+        """Tokens that a window should hold, over all replicas."""
+        runtime = self.run.runtime
+        return float(runtime.max_window_microbatches * runtime.token_capacity * self.groups.dp_size)
+
+    @staticmethod
+    def tokens_per_step(job: Job) -> float:
+        """Mean tokens of a job's global batch."""
+        assert job.dataset is not None
+        return float(job.dataset.lengths.mean()) * job.config.train.global_batch_size
 
     def _options(self) -> PlanOptions:
         runtime, topology = self.run.runtime, self.prepared.topology
@@ -494,8 +504,3 @@ class Trainer:
         if self.metrics and self.loggers:
             self.metrics.close()
             self.loggers.close()
-
-
-def _tokens_per_step(job: Job) -> float:
-    assert job.dataset is not None
-    return float(job.dataset.lengths.mean()) * job.config.train.global_batch_size

@@ -1,0 +1,67 @@
+"""A script's own model becomes the frozen base: its weights from the run file, the jobs' adapters in its linears."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.utils import get_model_config
+
+from ...errors import UserError
+from ...lora.bank import TargetLinear
+from ...mcore.build import prepare_base
+from ...mcore.parallel import Groups
+from ...training.rack import load_and_inject
+from ...training.setup import Prepared
+
+
+def take_over(chunks: Sequence[torch.nn.Module], prepared: Prepared, groups: Groups) -> list[TargetLinear]:
+    """Freeze a stage's model chunks, fill them with the base model's weights and inject the adapters.
+
+    Args:
+        chunks: as the script's provider built them, on the device and in their final type, wrapped or not.
+        prepared: the checked run.
+        groups: this rank's groups.
+
+    Returns:
+        The linears that adapters may target.
+
+    Raises:
+        UserError: a chunk is no GPTModel, or the checkpoint doesn't fit.
+    """
+    models = [_gpt_model(chunk) for chunk in chunks]
+    for model in models:
+        prepare_base(model, prepared.spec)
+        configure(get_model_config(model))
+    return load_and_inject(models, prepared, groups)
+
+
+def configure(config: Any) -> None:
+    """Set a model's configuration for a stream of packed microbatches of different lengths.
+
+    ``calculate_per_token_loss`` makes the schedules take the loss as it is, without dividing by the number of
+    microbatches; ``variable_seq_lengths`` makes stages tell each other the shape of what they send where no plan does
+    (validation). A base without gradients has none to reduce after the pass.
+    """
+    config.variable_seq_lengths = True
+    config.moe_token_dispatcher_type = "alltoall"
+    config.batch_p2p_sync = False
+    config.calculate_per_token_loss = True
+    config.finalize_model_grads_func = nothing_to_finalize
+
+
+def nothing_to_finalize(*_: Any, **__: Any) -> None:
+    """In place of Megatron's reduction of the base's gradients: there are none."""
+
+
+def _gpt_model(chunk: torch.nn.Module) -> GPTModel:
+    while not isinstance(chunk, GPTModel) and isinstance(getattr(chunk, "module", None), torch.nn.Module):
+        chunk = chunk.module
+    if not isinstance(chunk, GPTModel):
+        raise UserError(
+            f"the script builds a {type(chunk).__name__}",
+            rule="weights of base_model.path go into a GPTModel",
+            remedy="build a GPTModel (gpt_config_from_args, or a model provider that returns one)",
+            key="--lorafusion-config",
+        )
+    return chunk
