@@ -48,7 +48,7 @@ def _dy_kernel(
         s = tl.load(s_at, mask=valid[:, None] & real[None, :], other=0.0)
         acc = tl.dot(tl.trans(dy), s, acc, input_precision=PRECISION)
         ds = tl.dot(dy, b, input_precision=PRECISION)
-        tl.store(parts_at + rows.to(tl.int64)[:, None] * RB + column[None, :], ds, mask=valid[:, None])
+        tl.store(parts_at + rows.to(tl.int64)[:, None] * RB + column[None, :], ds, mask=valid[:, None] & real[None, :])
     counter_at = (chunk - part) * tl.num_programs(0) + strip
     add_gradient(
         acc, partial_ptr, counter_ptr, table, slot, chunk, part, parts, feature, column, width, columns, RB,
@@ -66,18 +66,18 @@ def _sum_strips_kernel(
     await_predecessor(OVERLAP)
     first = tl.program_id(0) * ROWS
     slot = tl.load(tile_slots + first // TILE)
-    if slot_columns(table, slot, num_slots, ALIGN) == 0:
+    columns = slot_columns(table, slot, num_slots, ALIGN)
+    if columns == 0:
         return
     rows, column = first + tl.arange(0, ROWS), tl.arange(0, RB)
-    valid = (rows < tokens)[:, None]
+    valid = (rows < tokens)[:, None] & (column < columns)[None, :]
     at = rows.to(tl.int64)[:, None] * RB + column[None, :]
     acc = tl.zeros((ROWS, RB), tl.float32)
     plane = tokens.to(tl.int64) * RB
     for strip in tl.range(0, strips):
         acc += tl.load(parts_ptr + strip * plane + at, mask=valid, other=0.0)
     out = ds_ptr + rows.to(tl.int64)[:, None] * ds_stride + column[None, :]
-    mask = valid & (column < ds_stride)[None, :]
-    tl.store(out, (acc * slot_scale(table, slot)).to(ds_ptr.dtype.element_ty), mask=mask)
+    tl.store(out, (acc * slot_scale(table, slot)).to(ds_ptr.dtype.element_ty), mask=valid)
 
 
 def dy_pass(
@@ -107,9 +107,10 @@ def dy_pass(
         tile: rows per tile.
 
     Returns:
-        dS ``[tokens, width]``; rows without an adapter are not written.
+        dS ``[tokens, width]``; rows without an adapter and columns past an adapter's own are not written.
 
-    Note: temporary memory is 4 * tokens * columns * out / block_n bytes: an eighth of dY at 16 columns.
+    Note: temporary memory is 4 * tokens * width * out / block_n bytes, an eighth of dY at 16 columns and half of it
+    at 64; each adapter's own columns alone are written and read.
     """
     (tokens, out_features), width = dy.shape, s.shape[1]
     rb = triton.next_power_of_2(width)

@@ -27,10 +27,6 @@ class ProductConfig:
     warps: int = 8
     group: int = 8
     """Row blocks that run side by side, so that a block of columns is read from memory once for all of them."""
-    flatten: bool = True
-    """Whether the loops over tiles and over the inner dimension become one, so that loads run ahead across tiles."""
-    per_processor: int = 1
-    """Programs that share a multiprocessor."""
     halves: bool = True
     """Whether the output tile is stored in two halves, which takes half the shared memory."""
 
@@ -42,13 +38,13 @@ def _product_kernel(
     FACTOR: tl.constexpr, W_BY_OUTPUT: tl.constexpr, DROP: tl.constexpr, BIAS: tl.constexpr, TILE: tl.constexpr,
     SUBTILES: tl.constexpr, ONCE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KC: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr, ALIGN: tl.constexpr, OVERLAP: tl.constexpr, HALVES: tl.constexpr, FLATTEN: tl.constexpr,
+    PROGRAMS: tl.constexpr, ALIGN: tl.constexpr, OVERLAP: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """Output tiles PROGRAMS apart, in groups of GROUP row blocks so that both operands stay in the cache."""
     await_predecessor(OVERLAP)
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     row_blocks, col_blocks = tl.cdiv(tokens, BM), tl.cdiv(width, BN)
-    for t in tl.range(tl.program_id(0), row_blocks * col_blocks, PROGRAMS, flatten=FLATTEN):
+    for t in tl.range(tl.program_id(0), row_blocks * col_blocks, PROGRAMS):
         first = t // (GROUP * col_blocks) * GROUP
         size = min(row_blocks - first, GROUP)
         row = (first + (t % (GROUP * col_blocks)) % size) * BM
@@ -120,14 +116,14 @@ def product(
     w_desc = TensorDescriptor.from_tensor(w, [bn, bk] if forward else [bk, bn])
     y_desc = TensorDescriptor.from_tensor(y, [bm, bn // 2 if config.halves else bn])
     tiles = triton.cdiv(tokens, bm) * triton.cdiv(width, bn)
-    programs = min(programs * config.per_processor, tiles)
+    programs = min(programs, tiles)
     _product_kernel[(programs,)](
         z_desc, w_desc, y_desc, bias, q, q.shape[1], table, tile_slots, keys,
         tokens, width, inner, table.shape[0], module_key, feature_offset,
         FACTOR=factor, W_BY_OUTPUT=forward, DROP=drop, BIAS=bias is not None, TILE=tile,
         SUBTILES=1 if pure else bm // tile, ONCE=q.shape[1] <= 64,
         BM=bm, BN=bn, BK=bk, KC=min(triton.next_power_of_2(q.shape[1]), 64), GROUP=config.group,
-        PROGRAMS=programs, ALIGN=align, OVERLAP=overlap, HALVES=config.halves, FLATTEN=config.flatten,
+        PROGRAMS=programs, ALIGN=align, OVERLAP=overlap, HALVES=config.halves,
         num_warps=config.warps, num_stages=config.stages, **launch_options(overlap),
     )  # fmt: skip
     return y

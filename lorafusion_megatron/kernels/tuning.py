@@ -7,27 +7,19 @@ list of GPU names anywhere: an unknown GPU is measured like any other.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import triton
 
-from .product import ProductConfig
-
 EXPAND = "expand"
 """cuBLAS for the frozen product, then the adapter's part added in place."""
 OPERATIONS_PER_BYTE = 266
 """Operations that the matrix units do in the time the memory moves a byte; 266 on an H100, 160 to 330 on its kin."""
-FUSED_CANDIDATES = (
-    ProductConfig(stages=3, group=8, flatten=True),
-    ProductConfig(stages=3, group=8, flatten=False),
-    ProductConfig(stages=3, group=16, flatten=False),
-    ProductConfig(stages=4, group=8, flatten=False),
-    ProductConfig(block_n=128, warps=4, stages=3, per_processor=2, flatten=False),
-)
-"""Tiles that won somewhere; see docs/kernels.md for what was tried."""
+GROUPS = (8, 16)
+"""Row blocks side by side; which is faster depends on what fits the L2 beside the columns of W."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +34,6 @@ class Problem:
     """Columns of S, rounded up to 16."""
     forward: bool
     drop: bool
-    pure: bool
     dtype: str
 
 
@@ -75,17 +66,17 @@ class Tuner:
         """Name of the choice for a problem, None where it was not measured yet."""
         return self._choices.get(_name(problem))
 
-    def measure(self, problem: Problem, candidates: Sequence[tuple[str, Callable[[], object]]]) -> str:
+    def measure(self, problem: Problem, candidates: Mapping[str, Callable[[], object]]) -> str:
         """Run every candidate a few times, remember the fastest and return its name.
 
         Args:
             problem: what the choice is for.
-            candidates: (name, function that launches it); what raises is out.
+            candidates: name -> function that launches it; what the device has no room for is out.
 
         Note: median of 5 runs, queued without a pause; candidates that differ by less than their spread are equal.
         """
         timed = []
-        for name, run in candidates:
+        for name, run in candidates.items():
             try:
                 timed.append((_median_ms(run), name))
             except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError):
@@ -116,11 +107,6 @@ def cache_path(device: torch.device) -> Path:
     identity = (properties.name, properties.multi_processor_count, torch.__version__, triton.__version__)
     digest = hashlib.sha256(repr(identity).encode() + source).hexdigest()[:16]
     return folder / f"products-{digest}.json"
-
-
-def config_name(config: ProductConfig) -> str:
-    """Name of a candidate in the file of choices."""
-    return " ".join(f"{key}={value}" for key, value in asdict(config).items())
 
 
 def _name(problem: Problem) -> str:

@@ -1,6 +1,8 @@
 """The Triton backend: the fused kernels over any number of adapters, each launch serving all of a microbatch's."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,23 +13,15 @@ from ..kernels.dy_pass import dy_pass
 from ..kernels.expand import expand_
 from ..kernels.factor_grad import factor_grad
 from ..kernels.product import ProductConfig, product
-from ..kernels.tuning import (
-    EXPAND,
-    FUSED_CANDIDATES,
-    Problem,
-    Tuner,
-    cache_path,
-    config_name,
-    expand_is_hopeless,
-)
+from ..kernels.product_hopper import hopper_product
+from ..kernels.tuning import EXPAND, GROUPS, Problem, Tuner, cache_path, expand_is_hopeless
 from .adapters import LinearAdapter, LinearAdapters
 from .routing import Routing
 
 TILE = 64
 """Rows per tile: the smallest that fills the matrix unit; larger ones waste more padding on every layer."""
-WIDEST_JOINT = 32
+WIDEST_JOINT = 64
 """Columns up to which dS and dB share one pass over dY; beyond, the parts of dS outweigh a second pass."""
-_CONFIGS = {config_name(config): config for config in FUSED_CANDIDATES}
 FACTOR_A, FACTOR_B = tables.FACTOR_A.value, tables.FACTOR_B.value
 GRAD_A, GRAD_B = tables.GRAD_A.value, tables.GRAD_B.value
 
@@ -62,7 +56,8 @@ class TritonBackend:
 
     Args:
         device: where the linears live.
-        strategy: ``auto``; ``fused`` (adapter's part inside the product) or ``expand`` (cuBLAS, then added in place).
+        strategy: ``auto`` measures; ``hopper`` and ``fused`` put the adapter's part inside the product, ``expand``
+            adds it to cuBLAS' product in place. What the device lacks falls back to ``expand``.
         interpret: run on the CPU; TRITON_INTERPRET=1 must have been set before the kernels were imported.
 
     Note: never synchronises with the host; capturable in a CUDA graph after one call outside it, which builds the
@@ -80,11 +75,13 @@ class TritonBackend:
         self._programs = 4
         self._bulk_copies = interpret
         self._overlap = False
+        self._hopper = False
         self._tuner: Tuner | None = None
         if self.device.type == "cuda" and torch.cuda.is_available():
             properties = torch.cuda.get_device_properties(self.device)
             self._programs = properties.multi_processor_count
             self._bulk_copies = self._overlap = properties.major >= 9
+            self._hopper = properties.major == 9
             self._tuner = Tuner(cache_path(self.device))
 
     def reason_unsupported(self, x: torch.Tensor, weight: torch.Tensor) -> str | None:
@@ -168,14 +165,14 @@ class TritonBackend:
         )
 
     def _fuses(self, z: torch.Tensor, weight: torch.Tensor) -> bool:
-        """Whether the fused product can and should run: bulk copies need 16-bit types and 16-byte rows."""
+        """Whether the fused products can run: bulk copies need 16-bit types and 16-byte rows."""
         possible = (
             self._bulk_copies
             and z.element_size() == 2
             and not any(size % 8 for size in (*weight.shape, z.stride(0)))
             and weight.is_contiguous()
         )
-        return possible and self.strategy != "expand"
+        return possible
 
     def _down(self, z, call: _Call, adapters, routing, *, factor: int, drop: bool) -> torch.Tensor:
         tiles = routing.tile_slots.shape[0]
@@ -190,45 +187,63 @@ class TritonBackend:
 
     def _product(self, z, weight, bias, q, call: _Call, adapters, routing, *, factor: int) -> torch.Tensor:
         """The frozen product with the adapters' part in it, the way that is fastest here."""
+        ways = self._ways(z, weight, bias, q, call, adapters, routing, factor=factor)
+        default = next(iter(ways))
+        if self._tuner is None or len(ways) == 1:
+            return ways[default]()
+        forward = factor == FACTOR_B
+        problem = Problem(
+            tokens=1 << max(0, z.shape[0] - 1).bit_length(), inner=z.shape[1], width=weight.shape[0 if forward else 1],
+            columns=call.width, forward=forward, drop=call.drop, dtype=str(z.dtype),
+        )  # fmt: skip
+        choice = self._tuner.known(problem)
+        if choice not in ways:
+            if torch.cuda.is_current_stream_capturing():
+                return ways[default]()
+            candidates = {name: way for name, way in ways.items() if name != EXPAND or not expand_is_hopeless(problem)}
+            choice = self._tuner.measure(problem, candidates)
+        return ways[choice]()
+
+    def _ways(
+        self, z, weight, bias, q, call: _Call, adapters, routing, *, factor: int
+    ) -> dict[str, Callable[[], torch.Tensor]]:
+        """Every way to compute the product on this device that ``strategy`` allows, the likeliest first."""
+        forward = factor == FACTOR_B
+        operands = (call.slots.table, routing.tile_slots, routing.row_keys)
         shared = {
             "factor": factor,
             "tile": TILE,
             "module_key": call.module_key,
             "feature_offset": adapters.feature_offset,
-            "drop": call.drop and factor == FACTOR_A,
+            "drop": call.drop and not forward,
             "align": call.slots.align,
-            "overlap": self._overlap,
         }
-        tables_ = (call.slots.table, routing.tile_slots, routing.row_keys)
-        forward = factor == FACTOR_B
 
-        def fused(config: ProductConfig) -> torch.Tensor:
-            pure = _pure(routing, config.block_m)
-            return product(z, weight, bias, q, *tables_, config=config, programs=self._programs, pure=pure, **shared)
+        def hopper(group: int) -> torch.Tensor:
+            return hopper_product(z, weight, bias, q, *operands, programs=self._programs, group=group, **shared)
+
+        def fused(group: int) -> torch.Tensor:
+            config = ProductConfig(group=group)
+            return product(
+                z, weight, bias, q, *operands, config=config, programs=self._programs,
+                pure=_pure(routing, config.block_m), overlap=self._overlap, **shared,
+            )  # fmt: skip
 
         def expanded() -> torch.Tensor:
             y = F.linear(z, weight, bias) if forward else z @ weight
-            expand_(y, q, *tables_, **shared)
+            expand_(y, q, *operands, overlap=self._overlap, **shared)
             return y
 
-        if not self._fuses(z, weight):
-            return expanded()
-        if self._tuner is None or self.strategy == "fused":
-            return fused(FUSED_CANDIDATES[0])
-        inner, width = z.shape[1], weight.shape[0 if forward else 1]
-        problem = Problem(
-            tokens=1 << max(0, z.shape[0] - 1).bit_length(), inner=inner, width=width, columns=call.width,
-            forward=forward, drop=shared["drop"], pure=_pure(routing, 128), dtype=str(z.dtype),
-        )  # fmt: skip
-        choice = self._tuner.known(problem)
-        if choice is None:
-            if torch.cuda.is_current_stream_capturing():
-                return fused(FUSED_CANDIDATES[0])
-            candidates = [(config_name(config), lambda config=config: fused(config)) for config in FUSED_CANDIDATES]
-            if not expand_is_hopeless(problem):
-                candidates.append((EXPAND, expanded))
-            choice = self._tuner.measure(problem, candidates)
-        return expanded() if choice == EXPAND else fused(_CONFIGS[choice])
+        ways: dict[str, Callable[[], torch.Tensor]] = {}
+        if self._fuses(z, weight):
+            for group in GROUPS:
+                if self._hopper and self.strategy in ("auto", "hopper"):
+                    ways[f"hopper {group}"] = partial(hopper, group)
+                elif self.strategy in ("auto", "fused"):
+                    ways[f"fused {group}"] = partial(fused, group)
+        if not ways or self.strategy in ("auto", "expand"):
+            ways[EXPAND] = expanded
+        return ways
 
     def _dy_products(self, dy, s, call: _Call, adapters, routing) -> torch.Tensor:
         """dS, and dB into the gradients."""

@@ -20,15 +20,13 @@ from lorafusion_megatron.kernels.down import down
 from lorafusion_megatron.kernels.dy_pass import dy_pass
 from lorafusion_megatron.kernels.factor_grad import factor_grad
 from lorafusion_megatron.kernels.product import ProductConfig, product
-from lorafusion_megatron.kernels.tuning import config_name
+from lorafusion_megatron.kernels.product_hopper import hopper_product
 
 SHAPES = {"o": (4096, 4096), "qkv": (4096, 6144), "fc1": (4096, 28672), "fc2": (14336, 4096)}
 TILE = 64
 TILES = (
     {"block_m": 128, "block_n": 256, "stages": 3, "warps": 8},
-    {"block_m": 128, "block_n": 256, "stages": 4, "warps": 8},
-    {"block_m": 128, "block_n": 128, "stages": 3, "warps": 4, "per_processor": 2},
-    {"block_m": 128, "block_n": 128, "stages": 3, "warps": 8, "per_processor": 2},
+    {"block_m": 256, "block_n": 128, "stages": 3, "warps": 8},
 )
 BF16 = {"device": "cuda", "dtype": torch.bfloat16}
 
@@ -127,7 +125,7 @@ def sweep_grad(shape: Shape) -> Iterable[tuple[str, Callable[[], object]]]:
 
 def sweep_dy(shape: Shape) -> Iterable[tuple[str, Callable[[], object]]]:
     """dS and dB."""
-    for bn, bt, stages, warps, rows in itertools.product((128, 256), (64, 128), (2, 3, 4), (4, 8), (512, 1024, 2048)):
+    for bn, bt, stages, warps, rows in itertools.product((256, 512), (32, 64, 128), (2, 3), (4, 8), (512, 1024, 2048)):
         if bn * bt * stages * 2 > 200_000 or shape.n // bn * shape.tokens // rows < 64:
             continue
         chunks, split = shape.chunks(rows)
@@ -143,17 +141,21 @@ def sweep_dy(shape: Shape) -> Iterable[tuple[str, Callable[[], object]]]:
 
 def sweep_product(shape: Shape, forward: bool) -> Iterable[tuple[str, Callable[[], object]]]:
     """The frozen product with the adapter's part."""
-    for base, group, flatten in itertools.product(TILES, (8, 16), (False, True)):
-        config = ProductConfig(**base, group=group, flatten=flatten)
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    shared = {
+        "factor": 1 if forward else 0, "tile": TILE, "module_key": 99, "feature_offset": 0, "drop": not forward,
+        "align": shape.align, "programs": processors,
+    }  # fmt: skip
+    z, q = (shape.x, shape.s) if forward else (shape.dy, shape.ds)
+    operands = (z, shape.w, None, q, shape.table, shape.tile_slots, shape.keys)
+    for group in (4, 8, 16, 32):
+        yield f"hopper group {group}", lambda group=group: hopper_product(*operands, group=group, **shared)
+    for base, group in itertools.product(TILES, (8, 16)):
+        config = ProductConfig(**base, group=group)
         yield (
-            config_name(config),
-            lambda config=config: product(
-                shape.x if forward else shape.dy, shape.w, None, shape.s if forward else shape.ds, shape.table,
-                shape.tile_slots, shape.keys, factor=1 if forward else 0, tile=TILE, module_key=99, feature_offset=0,
-                drop=not forward, align=shape.align, overlap=True, config=config, pure=True,
-                programs=torch.cuda.get_device_properties(0).multi_processor_count,
-            ),
-        )  # fmt: skip
+            str(config),
+            lambda config=config: product(*operands, config=config, pure=True, overlap=True, **shared),
+        )
 
 
 def best(

@@ -20,7 +20,7 @@ from lorafusion_megatron.lora.triton_backend import TritonBackend
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("strategy", ["fused", "expand"])
+@pytest.mark.parametrize("strategy", ["hopper", "fused", "expand"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("seed", range(6))
 def test_error_is_that_of_eager(seed, dtype, strategy):

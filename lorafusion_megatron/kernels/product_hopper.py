@@ -1,0 +1,263 @@
+"""The fused product for Hopper, with the warps' work divided by hand: one warp copies, two groups of four multiply.
+
+The same result as `product`. The two groups own the upper and lower 64 rows of a tile and share the columns of W; each
+runs as far ahead of the other as the ring of buffers allows, so while one draws its mask, adds its adapter or stores
+its rows, the other keeps the matrix units busy, and the copies for the next tile are under way already. A group's 64
+rows are one tile of the routing, hence one adapter.
+"""
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .tables import COLUMNS, FACTOR_A, FACTOR_B, FIELDS, THRESHOLD
+
+ROWS = 64
+"""Rows of one group of warps: the tile of the routing."""
+BM, BN, BK = 2 * ROWS, 256, 64
+STAGES = 3
+_GOLDEN = gl.constexpr(0x9E3779B9)
+_M1 = gl.constexpr(0x7FEB352D)
+_M2 = gl.constexpr(0x846CA68B)
+_FACTOR_A, _FACTOR_B = gl.constexpr(FACTOR_A.value), gl.constexpr(FACTOR_B.value)
+_FIELDS, _COLUMNS, _THRESHOLD = gl.constexpr(FIELDS.value), gl.constexpr(COLUMNS.value), gl.constexpr(THRESHOLD.value)
+
+
+@gluon.jit
+def _place(t, row_blocks, col_blocks, GROUP: gl.constexpr):
+    """Row and column block of a tile: GROUP row blocks side by side, then the next columns."""
+    first = t // (GROUP * col_blocks) * GROUP
+    size = min(row_blocks - first, GROUP)
+    return first + (t % (GROUP * col_blocks)) % size, (t % (GROUP * col_blocks)) // size
+
+
+@gluon.jit
+def _copy(
+    z_desc, w_desc, z_ring, w_ring, ready, free, row_blocks, col_blocks, inner,
+    W_BY_OUTPUT: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The copying warp: both operands of every step, as fast as buffers become free."""
+    step = 0
+    half: gl.constexpr = BM // 2
+    for t in range(gl.program_id(0), row_blocks * col_blocks, PROGRAMS):
+        row_block, col_block = _place(t, row_blocks, col_blocks, GROUP)
+        row, col = row_block * BM, col_block * BN
+        for k in range(0, inner, BK):
+            at = step % STAGES
+            mbarrier.wait(free.index(at), (step // STAGES & 1) ^ 1)
+            bar = ready.index(at)
+            mbarrier.expect(bar, 2 * z_desc.block_type.nbytes + w_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(z_desc, [row, k], bar, z_ring.index(2 * at))
+            tma.async_copy_global_to_shared(z_desc, [row + half, k], bar, z_ring.index(2 * at + 1))
+            if W_BY_OUTPUT:
+                tma.async_copy_global_to_shared(w_desc, [col, k], bar, w_ring.index(at))
+            else:
+                tma.async_copy_global_to_shared(w_desc, [k, col], bar, w_ring.index(at))
+            step += 1
+
+
+@gluon.jit
+def _dropped(acc, key_ptr, threshold, module_key, first_feature, row, tokens, MMA: gl.constexpr, BN: gl.constexpr):
+    """Zero the dropped elements of ``acc [64, BN]``: `masks.keep_signs` in this kernel's layouts."""
+    words: gl.constexpr = gl.DistributedLinearLayout(
+        reg_bases=[[8, 0], [0, 4], [0, 8], [0, 16], [0, 32], [0, 64]],
+        lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, BN // 2],
+    )
+    rows = row + gl.arange(0, 64, gl.SliceLayout(1, words))
+    keys = key_ptr + rows.to(gl.int64) * 2
+    key0 = gl.load(keys, mask=rows < tokens, other=0).to(gl.uint32, bitcast=True)
+    key1 = gl.load(keys + 1, mask=rows < tokens, other=0).to(gl.uint32, bitcast=True)
+    index = (first_feature // 2 + gl.arange(0, BN // 2, gl.SliceLayout(0, words))).to(gl.uint32)
+    start = index * _GOLDEN + module_key.to(gl.uint32, bitcast=True)
+    word = gl.expand_dims(key0, 1) + gl.expand_dims(start, 0)
+    word = ((word ^ (word >> 16)) * _M1) ^ gl.expand_dims(key1, 1)
+    word = (word ^ (word >> 15)) * _M2
+    word = ((word ^ (word >> 16)) & 0x7FFF7FFF) + (0x8000 - threshold) * 0x10001
+    signs = gl.join(word << 16, word).to(gl.int32, bitcast=True).reshape([64, BN])
+    return gl.where(gl.convert_layout(signs, MMA) < 0, acc, 0.0)
+
+
+@gluon.jit
+def _add_adapter(
+    acc, buffer, q_ptr, q_stride, factor, columns, row, col, tokens, width,
+    FACTOR: gl.constexpr, KC: gl.constexpr, MMA: gl.constexpr, BN: gl.constexpr,
+):  # fmt: skip
+    """``acc + Q F`` for 64 rows by BN features of one adapter; F passes through the group's store buffer."""
+    lhs: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=MMA, k_width=2)
+    across: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
+    down: gl.constexpr = gl.BlockedLayout([8, 1], [2, 16], [1, 4], [0, 1])
+    for k in range(0, columns, KC):
+        q_rows = row + gl.arange(0, 64, gl.SliceLayout(1, lhs))
+        q_cols = k + gl.arange(0, KC, gl.SliceLayout(0, lhs))
+        q_at = q_ptr + gl.expand_dims(q_rows.to(gl.int64) * q_stride, 1) + gl.expand_dims(q_cols, 0)
+        q_mask = gl.expand_dims(q_rows < tokens, 1) & gl.expand_dims(q_cols < columns, 0)
+        q = gl.load(q_at, mask=q_mask, other=0.0)
+        if FACTOR == _FACTOR_A:
+            f_rows = k + gl.arange(0, KC, gl.SliceLayout(1, across))
+            f_cols = col + gl.arange(0, BN, gl.SliceLayout(0, across))
+            at = factor + gl.expand_dims(f_rows.to(gl.int64) * width, 1) + gl.expand_dims(f_cols, 0)
+        else:
+            f_rows = k + gl.arange(0, KC, gl.SliceLayout(1, down))
+            f_cols = col + gl.arange(0, BN, gl.SliceLayout(0, down))
+            at = factor + gl.expand_dims(f_rows, 1) + gl.expand_dims(f_cols.to(gl.int64) * columns, 0)
+        f_mask = gl.expand_dims(f_rows < columns, 1) & gl.expand_dims(f_cols < width, 0)
+        f = gl.load(at, mask=f_mask, other=0.0)
+        operand = buffer.slice(0, KC, dim=0)
+        operand.store(f)
+        fence_async_shared()
+        acc = warpgroup_mma(q, operand, acc)
+    return acc
+
+
+@gluon.jit
+def _multiply(
+    HALF: gl.constexpr, y_desc, z_ring, w_ring, ready, free, buffer, bias, q_ptr, q_stride, table, tile_slots, keys,
+    tokens, width, inner, num_slots, module_key, feature_offset,
+    FACTOR: gl.constexpr, W_BY_OUTPUT: gl.constexpr, DROP: gl.constexpr, BIAS: gl.constexpr, ALIGN: gl.constexpr,
+    KC: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """A multiplying group: its 64 rows of every tile."""
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    row_blocks, col_blocks = gl.cdiv(tokens, BM), gl.cdiv(width, BN)
+    step = 0
+    for t in range(gl.program_id(0), row_blocks * col_blocks, PROGRAMS):
+        row_block, col_block = _place(t, row_blocks, col_blocks, GROUP)
+        row, col = row_block * BM + HALF * (BM // 2), col_block * BN
+        slot = gl.load(tile_slots + row // (BM // 2), mask=row < tokens, other=-1)
+        known = (slot >= 0) & (slot < num_slots)
+        entry = table + gl.where(known, slot, 0).to(gl.int64) * _FIELDS
+        columns = gl.where(known, gl.load(entry + _COLUMNS), 0).to(gl.int32)
+        factor = gl.load(entry + FACTOR).to(gl.pointer_type(dtype))
+        if ALIGN > 0:
+            factor = gl.multiple_of(factor, 16)
+        if ALIGN == 8:
+            columns = gl.multiple_of(columns, 8)
+        acc = gl.zeros((BM // 2, BN), gl.float32, MMA)
+        tma.store_wait(0)
+        acc = _add_adapter(acc, buffer, q_ptr, q_stride, factor, columns, row, col, tokens, width, FACTOR, KC, MMA, BN)
+        if DROP:
+            threshold = gl.load(entry + _THRESHOLD).to(gl.uint32)
+            acc = _dropped(acc, keys, threshold, module_key, feature_offset + col, row, tokens, MMA, BN)
+        for k in range(0, inner, BK):
+            at = step % STAGES
+            mbarrier.wait(ready.index(at), step // STAGES & 1)
+            rhs = w_ring.index(at)
+            if W_BY_OUTPUT:
+                rhs = rhs.permute((1, 0))
+            acc = warpgroup_mma(z_ring.index(2 * at + HALF), rhs, acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+            # The step before this one is done with its buffers.
+            mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)
+            step += 1
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), count=1)
+        if BIAS:
+            at_bias = col + gl.arange(0, BN, gl.SliceLayout(0, MMA))
+            added = gl.load(bias + at_bias, mask=at_bias < width, other=0.0).to(gl.float32)
+            acc = acc + gl.expand_dims(added, 0)
+        buffer.store(acc.to(dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(y_desc, [row, col], buffer)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["tokens", "num_slots", "module_key", "feature_offset"])
+def _hopper_kernel(
+    z_desc, w_desc, y_desc, bias, q_ptr, q_stride, table, tile_slots, keys,
+    tokens, width, inner, num_slots, module_key, feature_offset,
+    FACTOR: gl.constexpr, W_BY_OUTPUT: gl.constexpr, DROP: gl.constexpr, BIAS: gl.constexpr, ALIGN: gl.constexpr,
+    KC: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Buffers and barriers; then each part of the warps does its work until all tiles are done."""
+    dtype: gl.constexpr = z_desc.dtype
+    z_ring = gl.allocate_shared_memory(dtype, [2 * STAGES, BM // 2, BK], z_desc.layout)
+    w_ring = gl.allocate_shared_memory(dtype, [STAGES, *w_desc.block_type.shape], w_desc.layout)
+    buffers = gl.allocate_shared_memory(dtype, [2, BM // 2, BN], y_desc.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(free.index(i), count=2)
+    row_blocks, col_blocks = gl.cdiv(tokens, BM), gl.cdiv(width, BN)
+    gl.warp_specialize(
+        [
+            (_multiply, (
+                0, y_desc, z_ring, w_ring, ready, free, buffers.index(0), bias, q_ptr, q_stride, table, tile_slots,
+                keys, tokens, width, inner, num_slots, module_key, feature_offset,
+                FACTOR, W_BY_OUTPUT, DROP, BIAS, ALIGN, KC, GROUP, PROGRAMS, BM, BN, BK, STAGES,
+            )),
+            (_multiply, (
+                1, y_desc, z_ring, w_ring, ready, free, buffers.index(1), bias, q_ptr, q_stride, table, tile_slots,
+                keys, tokens, width, inner, num_slots, module_key, feature_offset,
+                FACTOR, W_BY_OUTPUT, DROP, BIAS, ALIGN, KC, GROUP, PROGRAMS, BM, BN, BK, STAGES,
+            )),
+            (_copy, (
+                z_desc, w_desc, z_ring, w_ring, ready, free, row_blocks, col_blocks, inner,
+                W_BY_OUTPUT, GROUP, PROGRAMS, BM, BN, BK, STAGES,
+            )),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+def hopper_product(
+    z: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    q: torch.Tensor,
+    table: torch.Tensor,
+    tile_slots: torch.Tensor,
+    keys: torch.Tensor,
+    *,
+    factor: int,
+    tile: int,
+    module_key: int,
+    feature_offset: int,
+    drop: bool,
+    align: int,
+    programs: int,
+    group: int,
+) -> torch.Tensor:
+    """As `product.product`, for 16-bit types on compute capability 9.0 and tiles of 64 rows.
+
+    Args:
+        group: row blocks that run side by side.
+    """
+    if tile != ROWS:
+        raise ValueError(f"tiles of {tile} rows; the Hopper product needs {ROWS}")
+    forward = factor == FACTOR_B.value
+    (tokens, inner), width = z.shape, w.shape[0 if forward else 1]
+    y = z.new_empty(tokens, width)
+    dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[z.dtype]
+
+    def descriptor(tensor: torch.Tensor, block: list[int]) -> TensorDescriptor:
+        return TensorDescriptor.from_tensor(tensor, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
+
+    tiles = triton.cdiv(tokens, BM) * triton.cdiv(width, BN)
+    programs = min(programs, tiles)
+    _hopper_kernel[(programs,)](
+        descriptor(z, [ROWS, BK]), descriptor(w, [BN, BK] if forward else [BK, BN]), descriptor(y, [ROWS, BN]),
+        bias, q, q.shape[1], table, tile_slots, keys,
+        tokens, width, inner, table.shape[0], module_key, feature_offset,
+        FACTOR=factor, W_BY_OUTPUT=forward, DROP=drop, BIAS=bias is not None, ALIGN=align,
+        KC=min(triton.next_power_of_2(q.shape[1]), 64), GROUP=group, PROGRAMS=programs,
+        BM=BM, BN=BN, BK=BK, STAGES=STAGES, num_warps=4, maxnreg=168,
+    )  # fmt: skip
+    return y
