@@ -187,7 +187,7 @@ def _hopper_kernel(
     """Buffers and barriers; then each part of the warps does its work until all tiles are done."""
     dtype: gl.constexpr = z_desc.dtype
     z_ring = gl.allocate_shared_memory(dtype, [2 * STAGES, BM // 2, BK], z_desc.layout)
-    w_ring = gl.allocate_shared_memory(dtype, [STAGES, *w_desc.block_type.shape], w_desc.layout)
+    w_ring = gl.allocate_shared_memory(dtype, [STAGES, BN if W_BY_OUTPUT else BK, BK if W_BY_OUTPUT else BN], w_desc.layout)
     buffers = gl.allocate_shared_memory(dtype, [2, BM // 2, BN], y_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
