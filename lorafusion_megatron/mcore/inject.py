@@ -151,6 +151,12 @@ def inject(
     return sorted(targets, key=lambda t: (t.layer, t.adapters.name))
 
 
+def taken_over(chunks: Iterable[torch.nn.Module]) -> list[tuple[torch.nn.Module, type, type]]:
+    """Every taken-over linear with the class it had before and the one it has now."""
+    linears = [module for chunk in chunks for module in chunk.modules() if isinstance(module, _LoraLinear)]
+    return [(module, type(module).__bases__[1], type(module)) for module in linears]
+
+
 def _linear_types() -> tuple[tuple[type, ...], tuple[type, ...]]:
     """Column- and row-parallel linear classes, Transformer Engine's among them where it is installed."""
     columns: tuple[type, ...] = (ColumnParallelLinear,)

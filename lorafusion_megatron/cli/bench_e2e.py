@@ -1,0 +1,206 @@
+"""``bench e2e``: tokens per second of four LoRA jobs on one model, by this package and by the ways of others.
+
+torchrun --nproc-per-node 2 -m lorafusion_megatron.cli.main bench e2e --model qwen2.5-32b --layers 16 --pipeline 2
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+DEFAULT_WORKLOADS = "xsum,cnn,wikisum,mixed,heterogeneous"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("--model", default="llama-3.1-8b", help="shape: llama-3.1-8b, qwen2.5-32b, llama-3.1-70b, tiny")
+    parser.add_argument("--layers", type=int, help="cut the model to this many layers")
+    parser.add_argument("--pipeline", type=int, default=1, help="pipeline stages: as many as torchrun started")
+    parser.add_argument("--layout", help="layers per stage, with commas between; default: balanced by predicted time")
+    parser.add_argument("--workloads", default=DEFAULT_WORKLOADS, help="with commas between")
+    parser.add_argument("--only", help="variants to run, with commas between; default: all")
+    parser.add_argument("--capacity", type=int, default=4096, help="most padded tokens of a microbatch")
+    parser.add_argument("--sizes", default="1024,2048,4096", help="microbatch sizes at which baselines are tried")
+    parser.add_argument("--batch-size", type=int, default=8, help="samples of a global batch")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--alpha", type=float, default=32.0)
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--tokens", type=int, default=120_000, help="about how many tokens a run trains")
+    parser.add_argument("--baseline-tokens", type=int, default=60_000, help="the same for flushed variants")
+    parser.add_argument("--repeats", type=int, default=2, help="timed runs of each variant, in turn")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--transformer-impl", choices=("auto", "transformer_engine", "local"), default="auto")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument("--out", metavar="DIR", help="write e2e.json, the pictures and the timelines there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print tables, write what was asked for."""
+    import torch
+
+    from ..mcore import parallel
+    from ..training.bench.workloads import make_workload, shape
+    from ..training.setup import world_size
+    from ..types import Topology
+
+    spec = shape(args.model, args.layers)
+    if world_size() != args.pipeline:
+        raise UserError(
+            f"{world_size()} processes for {args.pipeline} stages",
+            rule="every stage is a process",
+            remedy=f"start with torchrun --nproc-per-node {args.pipeline}",
+            key="--pipeline",
+        )
+    sizes = _numbers(args.sizes, "--sizes")
+    longest = min(4096, args.capacity // 64 * 64)
+    workloads = [
+        make_workload(name, tokens=args.tokens, batch_size=args.batch_size, vocab_size=spec.vocab_size, longest=longest)
+        for name in args.workloads.split(",")
+    ]
+    device = args.device if args.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    topology = Topology(pipeline_parallel=args.pipeline)
+    groups = parallel.start(topology, device=device, seed=1234, timeout_minutes=10.0)
+    try:
+        results, header = _measure(args, spec, topology, groups, workloads, sizes)
+        if groups.is_first and args.out:
+            _write(Path(args.out), header, results)
+    finally:
+        parallel.stop()
+    return 0
+
+
+def _measure(
+    args: argparse.Namespace, spec: Any, topology: Any, groups: Any, workloads: list[Any], sizes: list[int]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(workload -> outcomes, what the run was)."""
+    import torch
+
+    from ..scheduler.cost import default_cost_model, split_loads
+    from ..scheduler.options import PlanOptions
+    from ..training.bench.measure import Bench, Setting, make_adapters, make_backend, matmul_rate
+    from ..training.bench.report import rows, summary, table
+    from ..training.bench.variants import variants
+    from ..types import padded
+
+    cost = default_cost_model(spec)
+    layout = tuple(_numbers(args.layout, "--layout")) if args.layout else _balanced(spec, args)
+    backend = make_backend(groups.device)
+    setting = Setting(
+        spec=spec,
+        topology=topology,
+        layers_per_chunk=layout,
+        transformer_impl=_transformer(args, groups),
+        dtype=getattr(torch, args.dtype),
+        backend=backend,
+        adapters=make_adapters(4, rank=args.rank, alpha=args.alpha, dropout=args.dropout),
+    )
+    options = PlanOptions(
+        token_capacity=args.capacity,
+        padding_multiple=padded(1, backend.tile),
+        stages=args.pipeline,
+        cost=cost,
+        loads=split_loads(layout),
+    )
+    header = _header(args, spec, layout, setting.transformer_impl, backend.name, matmul_rate(groups.device))
+    if groups.is_first:
+        print(json.dumps(header), flush=True)
+    bench = Bench(setting, groups)
+    chosen = [v for v in variants(args.capacity, sizes) if _wanted(v, args.only)]
+    results = {}
+    for workload in workloads:
+        outcomes = bench.run(
+            workload, chosen, options, repeats=args.repeats, baseline_tokens=args.baseline_tokens
+        )  # fmt: skip
+        results[workload.name] = outcomes
+        if groups.is_first:
+            ratios = summary(outcomes)
+            print(f"\n{workload.name}", table(rows(outcomes, spec, args.pipeline, header["matmul_flops"])), sep="\n")
+            print("  ".join(f"{name} {value:.3f}" for name, value in ratios.items()), flush=True)
+            if args.out:  # after every workload: a run that is cut off leaves what it has
+                _write_json(Path(args.out), header, results)
+    return results, header
+
+
+def _header(
+    args: argparse.Namespace, spec: Any, layout: tuple[int, ...], transformer: str, backend: str, matmul: float
+) -> dict[str, Any]:
+    import torch
+
+    return {
+        "model": args.model,
+        "layers_per_stage": layout,
+        "gpus": args.pipeline,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "transformer_impl": transformer,
+        "backend": backend,
+        "capacity": args.capacity,
+        "batch_size": args.batch_size,
+        "rank": args.rank,
+        "alpha": args.alpha,
+        "dropout": args.dropout,
+        "vocabulary": spec.vocab_size,
+        "matmul_flops": matmul,
+    }
+
+
+def _write_json(folder: Path, header: dict[str, Any], results: dict[str, Any]) -> None:
+    from ..training.bench.report import rows, summary
+    from ..training.bench.workloads import shape
+
+    spec = shape(header["model"], sum(header["layers_per_stage"]))
+    folder.mkdir(parents=True, exist_ok=True)
+    body = {
+        name: {"summary": summary(found), "rows": rows(found, spec, header["gpus"], header["matmul_flops"])}
+        for name, found in results.items()
+    }
+    (folder / "e2e.json").write_text(json.dumps({"run": header, "workloads": body}, indent=1) + "\n")
+
+
+def _write(folder: Path, header: dict[str, Any], results: dict[str, Any]) -> None:
+    from ..training.bench.report import bar_chart, best_of, timeline_chart, trace
+
+    _write_json(folder, header, results)
+    title = (
+        f"{header['model']} shape, layers {'+'.join(map(str, header['layers_per_stage']))}, {header['gpus']} x "
+        f"{header['device']}, capacity {header['capacity']}, rank {header['rank']}"
+    )
+    bar_chart(folder / "e2e.png", title, results)
+    names = ("sequential", "round robin", "both")
+    for workload, outcomes in results.items():
+        shown = [outcome for name in names if (outcome := best_of(outcomes, name)) is not None and outcome.spans]
+        if shown:
+            seconds = min(max(shown[-1].seconds[-1] * 0.6, 0.5), min(o.seconds[-1] for o in shown))
+            timeline_chart(folder / f"timeline_{workload}.png", f"{workload}: {title}", shown, seconds)
+            (folder / f"trace_{workload}.json").write_text(json.dumps(trace(shown[-1])))
+
+
+def _balanced(spec: Any, args: argparse.Namespace) -> tuple[int, ...]:
+    from ..scheduler.cost import Load, default_cost_model
+    from ..scheduler.split import best_layers
+
+    load = Load(tokens=args.capacity, squares=args.capacity * 1024)
+    return best_layers(default_cost_model(spec), spec.num_layers, args.pipeline, 1, load)
+
+
+def _transformer(args: argparse.Namespace, groups: Any) -> str:
+    from ..mcore.build import transformer_engine_missing
+
+    if args.transformer_impl != "auto":
+        return str(args.transformer_impl)
+    return "transformer_engine" if groups.device.type == "cuda" and transformer_engine_missing() is None else "local"
+
+
+def _wanted(variant: Any, only: str | None) -> bool:
+    return only is None or any(word in (variant.name, variant.baseline_of) for word in only.split(","))
+
+
+def _numbers(text: str, key: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise UserError(
+            f"{text!r}", rule="must be numbers with commas between", remedy="e.g. 2048,4096", key=key
+        ) from None
