@@ -58,6 +58,10 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def _is_override(word: str) -> bool:
+    return "=" in word and not word.startswith("-")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line.
 
@@ -70,7 +74,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         command = next((word for word in words if not word.startswith("-")), None)
-        args = build_parser(command).parse_args(words)
+        parser = build_parser(command)
+        args, extra = parser.parse_known_args(words)
+        # argparse takes trailing words in one piece: overrides that follow an option are left over.
+        if extra and (not hasattr(args, "overrides") or not all(_is_override(word) for word in extra)):
+            parser.error(f"unrecognized arguments: {' '.join(extra)}")
+        if extra:
+            args.overrides += extra
         status: int = args.run(args)
         sys.stdout.flush()
         return status

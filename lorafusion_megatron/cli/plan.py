@@ -87,7 +87,8 @@ def _check_outputs(args: argparse.Namespace) -> None:
         if path is None:
             continue
         if path.suffix not in suffixes:
-            raise UserError(str(path), rule=f"its name must end in {' or '.join(suffixes)}", remedy="rename it", key=key)
+            rule = f"its name must end in {' or '.join(suffixes)}"
+            raise UserError(str(path), rule=rule, remedy="rename it", key=key)
         if not path.parent.is_dir():
             raise UserError(str(path), rule="its folder must exist", remedy=f"make {path.parent}", key=key)
 

@@ -6,7 +6,11 @@ FIRST_CHOICES = 8
 
 
 def closest_sum(
-    values: Sequence[float], wanted: float, tolerance: float, exact: Callable[[tuple[int, ...]], float | None]
+    values: Sequence[float],
+    wanted: float,
+    tolerance: float,
+    exact: Callable[[tuple[int, ...]], float | None],
+    penalties: Sequence[float] | None = None,
 ) -> tuple[int, ...]:
     """One to three of ``values`` whose sum is closest to ``wanted``.
 
@@ -18,6 +22,7 @@ def closest_sum(
         wanted: the sum to come close to.
         tolerance: a gap that ends the search.
         exact: the true sum of chosen indices, or None where they are not allowed.
+        penalties: per value what taking it adds to the gap; none by default.
 
     Returns:
         Indices; empty where taking nothing is closest.
@@ -29,11 +34,12 @@ def closest_sum(
 
     def consider(chosen: tuple[int, ...], rough: float) -> None:
         nonlocal best_gap, best
-        if abs(wanted - rough) >= best_gap:
+        penalty = sum(penalties[index] for index in chosen) if penalties else 0.0
+        if abs(wanted - rough) + penalty >= best_gap:
             return
         true = exact(chosen)
-        if true is not None and abs(wanted - true) < best_gap:
-            best_gap, best = abs(wanted - true), chosen
+        if true is not None and abs(wanted - true) + penalty < best_gap:
+            best_gap, best = abs(wanted - true) + penalty, chosen
 
     def pairs(base: tuple[int, ...], base_sum: float, low: int) -> None:
         high = len(values) - 1

@@ -30,6 +30,10 @@ OPEN_WORK = 8.0
 """Targets' worth of samples (times replicas) to choose from. More fills no better and takes longer per microbatch."""
 GOOD_ENOUGH = 0.002
 """Share of the target that ends the search for the last samples: differing less costs a pipeline nothing."""
+FOREIGN = 0.001
+"""Share of the target that a sample of another job must bring the microbatch closer than one of the urgent job."""
+FINAL_STRETCH = 1.02
+"""The last microbatches of a window may be this much longer than the target, rather than be one more."""
 LEAST_TARGET = 0.3
 """The supply never lowers the target below this share: smaller ones would pay more fixed cost than they save."""
 
@@ -122,9 +126,9 @@ class _Flow:
         if limits.distance > 1 and len(self.queues[urgent]) > 1:
             # Even if the urgent job ended right now, the others must last until its next step may start.
             least = min(least, (supply - self.work[urgent]) / (limits.distance - 1))
-        elif not self.sleeping:
+        elif not self.sleeping and supply:
             # The end of the window: spread what is left evenly.
-            least = supply / -(-supply // (target * limits.replicas)) if supply else target
+            return supply / limits.replicas / -(-supply // (FINAL_STRETCH * target * limits.replicas))
         return max(min(target, least / limits.replicas), LEAST_TARGET * limits.target)
 
     def take(self, microbatch: Bin, entry: Entry) -> None:
@@ -132,8 +136,9 @@ class _Flow:
         for entries in (self.pool, self.own[job]):
             del entries[bisect_right(entries, entry) - 1]
         weight = self.weights.sample(tokens)
-        self.work[job] -= weight
-        self.total -= weight
+        # Sums of many differences drift: what is empty weighs exactly nothing.
+        self.work[job] = self.work[job] - weight if self.own[job] else 0.0
+        self.total = self.total - weight if self.pool else 0.0
         microbatch.add(self.current[job][index], self.weights.multiple)
 
     def longest_fitting(self, entries: list[Entry], room: int) -> Entry | None:
@@ -154,7 +159,7 @@ class _Flow:
                 break
             if rest < 2.2 * weights.sample(self.pool[len(self.pool) // 2][0]):
                 # The last one to three samples decide how close the target is met.
-                for entry in self.closest(microbatch, rest):
+                for entry in self.closest(microbatch, rest, urgent):
                     self.take(microbatch, entry)
                 break
             longest = weights.longest(rest)
@@ -166,11 +171,11 @@ class _Flow:
             self.take(microbatch, found)
         return microbatch
 
-    def closest(self, microbatch: Bin, rest: float) -> list[Entry]:
+    def closest(self, microbatch: Bin, rest: float, urgent: int) -> list[Entry]:
         """The one to three open samples whose weight comes closest to ``rest``."""
         capacity, multiple = self.limits.capacity, self.weights.multiple
-        slack = 1.02 * rest
-        pool = self.pool[: bisect_right(self.pool, (self.weights.longest(slack), len(self.own), 0))]
+        # What weighs more than twice the rest is worse than nothing.
+        pool = self.pool[: bisect_right(self.pool, (self.weights.longest(2 * rest), len(self.own), 0))]
         if len(pool) > 48:
             pool = [pool[index * (len(pool) - 1) // 47] for index in range(48)]
 
@@ -189,7 +194,10 @@ class _Flow:
             return grown - self.weights.variable(microbatch.tokens, microbatch.squares)
 
         values = [self.weights.sample(tokens) for tokens, _, _ in pool]
-        return [pool[index] for index in closest_sum(values, rest, GOOD_ENOUGH * self.limits.target, padded_weight)]
+        foreign = FOREIGN * self.limits.target
+        penalties = [0.0 if job == urgent else foreign for _, job, _ in pool]
+        tolerance = GOOD_ENOUGH * self.limits.target
+        return [pool[index] for index in closest_sum(values, rest, tolerance, padded_weight, penalties)]
 
 
 def flow_rows(batches: Sequence[Sequence[GlobalBatch]], limits: FlowLimits) -> list[Row]:
