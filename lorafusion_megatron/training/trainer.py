@@ -206,12 +206,13 @@ class Trainer:
         ended = [job for job in self.jobs.values() if job.slot is not None and not job.live]
         if not ended:
             return
-        last = [
-            SaveItem(wants={job.index: job.applied})
+        unwritten = [
+            job.index
             for job in ended
             if job.status != "finished" or job.reason or job.index in self.writer.unsaved
         ]
-        self.saver.expect(self.groups.broadcast(last))
+        unwritten = self.groups.broadcast(unwritten)
+        self.saver.expect([SaveItem(wants={index: self.jobs[index].applied}) for index in unwritten])
         for job in ended:
             self._offer(job.index)
         self.saver.close_window()
