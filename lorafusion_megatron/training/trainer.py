@@ -207,9 +207,7 @@ class Trainer:
         if not ended:
             return
         unwritten = [
-            job.index
-            for job in ended
-            if job.status != "finished" or job.reason or job.index in self.writer.unsaved
+            job.index for job in ended if job.status != "finished" or job.reason or job.index in self.writer.unsaved
         ]
         unwritten = self.groups.broadcast(unwritten)
         self.saver.expect([SaveItem(wants={index: self.jobs[index].applied}) for index in unwritten])
