@@ -15,8 +15,13 @@ from typing import Any
 
 from ..config.build import Builder
 from ..config.job import JobConfig
+from ..config.run import RunConfig
 from ..config.yaml_reader import parse_yaml
 from ..errors import UserError
+from .checks import check_dataset, check_run
+from .initial import check_initial_adapters
+from .inputs import load_eval_dataset, load_job_dataset
+from .setup import Prepared
 
 OPERATIONS = ("pause", "resume", "cancel")
 
@@ -104,6 +109,23 @@ class Inbox:
             file.write(json.dumps(event) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def check_new_job(run: RunConfig, prepared: Prepared) -> None:
+    """Refuse a request whose job, the last one of ``run``, this model or machine can't train.
+
+    Raises:
+        UserError: what is wrong with it.
+    """
+    check_run(run, prepared.spec)
+    index = len(run.jobs) - 1
+    for section, load in (("dataset", load_job_dataset), ("eval", load_eval_dataset)):
+        dataset = load(run, index, vocab_size=prepared.spec.vocab_size)
+        if dataset is not None:
+            check_dataset(
+                run, prepared.spec, index, dataset, padding_multiple=prepared.padding_multiple, section=section
+            )
+    check_initial_adapters(run, prepared.spec)
 
 
 def _operation(raw: Mapping[str, Any], statuses: Mapping[str, str], source: str) -> dict[str, Any]:

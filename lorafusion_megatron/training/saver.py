@@ -24,9 +24,9 @@ class PlanPosition:
     """Where in the plan a checkpoint lies."""
 
     window: int
-    """Number of the window, from 0."""
+    """Number of the window, from 0; the last one that is done, where the checkpoint lies between windows (-1: none)."""
     schedule: Schedule | None
-    """That window, if the checkpoint lies inside; None at its end."""
+    """That window, if the checkpoint may lie inside; None between windows."""
     shape: Mapping[str, Any]
     """What the schedule was made for; a run of another shape makes its own."""
     statuses: Mapping[int, tuple[str, str]]

@@ -11,13 +11,9 @@ from ..data.dataset import JobDataset
 from ..errors import UserError
 from ..lora.autograd import Backend
 from ..lora.bank import LinearLayout
-from ..models.checkpoint import check_base_weights
-from ..models.config import read_model_spec
 from ..models.projections import row_of_projection, row_projection, target_linears
 from ..types import ModelSpec, Topology
-from .checks import check_dataset, check_run
-from .initial import check_initial_adapters
-from .inputs import load_eval_dataset, load_job_dataset
+from .inputs import load_inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,27 +48,18 @@ def prepare(run: RunConfig) -> Prepared:
     Raises:
         UserError: whatever is wrong.
     """
-    spec = read_model_spec(run.base_model.path)
-    notes = check_run(run, spec)
-    check_base_weights(run.base_model.path, spec)
-    check_initial_adapters(run, spec)
     device = choose_device(run)
     transformer_impl, reason = choose_transformer(run, device)
     backend = choose_backend(run, device)
     padding = math.lcm(run.runtime.padding_multiple or 1, backend.tile)
-    datasets = {}
-    for index, job in enumerate(run.jobs):
-        datasets[job.name] = load_job_dataset(run, index, vocab_size=spec.vocab_size)
-        notes += check_dataset(run, spec, index, datasets[job.name], padding_multiple=padding)
-        validation = load_eval_dataset(run, index, vocab_size=spec.vocab_size)
-        if validation is not None:
-            notes += check_dataset(run, spec, index, validation, padding_multiple=padding, section="eval")
+    inputs = load_inputs(run, padding_multiple=padding)
+    spec = inputs.spec
     return Prepared(
         run=run,
         spec=spec,
         topology=run.topology(world_size()),
-        datasets=datasets,
-        notes=tuple(notes),
+        datasets={run.jobs[index].name: dataset for index, dataset in inputs.datasets.items()},
+        notes=inputs.notes,
         device=device,
         transformer_impl=transformer_impl,
         transformer_reason=reason,

@@ -1,6 +1,5 @@
 """The loop: decide, validate, plan a window, run it through Megatron's schedule, save on the side."""
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from ..data.dataset import JobDataset
 from ..mcore.batch import HostBatch, host_batch
 from ..mcore.parallel import Groups
 from ..mcore.stop import StopVote
-from ..mcore.stream import DeviceBatch, StreamRunner, WindowResult
+from ..mcore.stream import DeviceBatch, StreamRunner
 from ..scheduler.build import PlanOptions, build_schedule
 from ..scheduler.trim import trim_schedule
 from ..types import Microbatch, Schedule, StepReport
@@ -21,12 +20,13 @@ from .checkpoints import CheckpointWriter
 from .evaluate import mean_losses, plan_evaluation
 from .inputs import job_batches, load_eval_dataset, load_job_dataset
 from .jobs import Job
-from .lifecycle import Inbox
+from .lifecycle import Inbox, check_new_job
 from .loggers import Loggers
-from .output import MetricsLog, chrome_trace, write_json
+from .output import MetricsLog, write_json
 from .prefetch import prefetch
 from .progress import Progress
 from .rack import AdapterRack, InjectedModel, build_model
+from .report import RunReport
 from .resume import Resumed, find_resume
 from .saver import PlanPosition, SaveItem, Saver, plan_saves
 from .setup import Prepared
@@ -64,12 +64,12 @@ class Trainer:
         self.runner = StreamRunner(
             self.rack.chunks, self.rack.steps, on_applied=self._on_applied, on_report=self._on_report
         )
-        self.spans: list[dict[str, Any]] = []
         self.stopped = False
         """Whether the ranks agreed to stop; the state is saved then."""
         resumed = find_resume(self.run, groups, self._shape(), progress.note, source=resume_from)
         self.window, self._left = resumed.window, resumed.schedule
         self._mount_all(resumed)
+        self.report = RunReport(self.folder, groups, progress, self.jobs)
         self.metrics = MetricsLog(self.folder, resumed.applied_by_name()) if groups.is_first else None
         self.loggers = Loggers(self.run, resumed=resumed.path is not None) if groups.is_first else None
         self.inbox = Inbox(self.folder, progress.note)
@@ -86,6 +86,7 @@ class Trainer:
         )
         self.writer.last_state = str(resumed.path) if resumed.path else None
         self.saver = Saver(groups, write_adapter=self.writer.adapter, write_state=self.writer.state)
+        self._report_status("running")
 
     def train(self) -> bool:
         """Train until every job has ended or a signal asks to stop.
@@ -133,6 +134,9 @@ class Trainer:
         pipeline = self.prepared.topology.pipeline_parallel
         chunks = len(self.rack.chunks)
         rest = trim_schedule(schedule, self._all_applied(), multiple=pipeline if chunks > 1 else 1)
+        if not rest.num_microbatches:
+            self.window += 1
+            return False
         where = self._position(schedule)
         skipped = schedule.num_microbatches - rest.num_microbatches
         interval = self.run.checkpoint.save_interval
@@ -155,12 +159,12 @@ class Trainer:
         )
         stopped = vote.finish()
         self.saver.close_window()
-        self._close_window(rest, result)
-        if stopped:
-            cut = None if result.cut is None else schedule
-            self._save_state(cut)
-        else:
+        self.report.window(rest, result)
+        if result.cut is None:
             self.window += 1
+        if stopped:
+            self._save_state(None if result.cut is None else schedule)
+        self._report_status("running")
         return stopped
 
     def _between_windows(self) -> None:
@@ -396,19 +400,12 @@ class Trainer:
         self.progress.note(f"{job.name} joins: {job.num_steps} steps")
 
     def _check_new(self, config: JobConfig) -> None:
-        """Refuse a request that this model can't train (rank 0)."""
-        from .checks import check_dataset, check_run
-
-        run = replace(self.run, jobs=(*self.run.jobs, config))
-        check_run(run, self.prepared.spec)
-        index = len(run.jobs) - 1
-        dataset = load_job_dataset(run, index, vocab_size=self.prepared.spec.vocab_size)
-        check_dataset(run, self.prepared.spec, index, dataset, padding_multiple=self.prepared.padding_multiple)
+        check_new_job(replace(self.run, jobs=(*self.run.jobs, config)), self.prepared)
 
     def _save_state(self, schedule: Schedule | None) -> None:
         """Queue a checkpoint of everything as it is now: inside ``schedule``, or between windows."""
         where = self._position(schedule)
-        if schedule is None and self.window > 0:
+        if schedule is None:
             where = replace(where, window=self.window - 1)
         wants = {index: steps.applied for index, steps in self.rack.steps.items()}
         item = SaveItem(wants=wants, cut=0, where=where)
@@ -448,58 +445,12 @@ class Trainer:
     def _all_applied(self) -> dict[int, int]:
         return {index: job.applied for index, job in self.jobs.items()}
 
-    # ------------------------------------------------------------------ output
-
-    def _close_window(self, schedule: Schedule, result: WindowResult) -> None:
-        """Idle share of the stages' time in this window, and the timeline."""
-        mine = (self.groups.pp_rank, self.groups.dp_rank, self.groups.tp_rank, result)
-        everyone = self.groups.gather(mine)
-        if everyone is None:
-            return
-        wall = max(r.stopped for *_, r in everyone) - min(r.started for *_, r in everyone)
-        busy = sum(r.busy_seconds for *_, r in everyone) / len(everyone)
-        share = max(0.0, 1.0 - busy / wall)
-        self.progress.window_done(bubble_share=share, seconds=wall)
-        self._write_status("running", bubble_share=share)
-        for stage, replica, tensor, part in everyone:
-            if not replica and not tensor:
-                self.spans += [self._span(stage, span, schedule) for span in part.spans]
-
-    def _span(self, stage: int, span: Any, schedule: Schedule) -> dict[str, Any]:
-        microbatch = schedule.replicas[0][span.position]
-        jobs = Counter(self.jobs[sample.job].name for sample in microbatch.samples)
-        return {
-            "stage": stage,
-            "kind": span.kind,
-            "name": f"{span.kind[0].upper()}{span.position} {'+'.join(jobs) or 'no-op'}",
-            "start": span.start,
-            "stop": span.stop,
-            "args": {"chunk": span.chunk, "samples": dict(jobs)},
-        }
-
-    def _write_status(self, state: str, *, bubble_share: float | None = None) -> None:
-        jobs = [
-            {
-                "name": job.name,
-                "status": job.status,
-                "reason": job.reason,
-                "step": job.applied,
-                "num_steps": job.num_steps,
-            }
-            for job in self.jobs.values()
-        ]
-        status = {"state": state, "window": self.window, "bubble_share": bubble_share, "jobs": jobs}
-        try:
-            write_json(self.folder / "status.json", {**status, "last_checkpoint": self.writer.last_state})
-        except OSError as error:
-            self.progress.note(f"status.json could not be written ({error}); the run goes on")
+    def _report_status(self, state: str) -> None:
+        self.report.status(state, window=self.window, last_checkpoint=self.writer.last_state)
 
     def _close(self, stopped: bool) -> None:
-        if not self.groups.is_first:
-            return
-        stages = [f"stage {stage}" for stage in range(self.groups.pp_size)]
-        write_json(self.folder / "trace.json", chrome_trace(self.spans, stages))
-        self._write_status("stopped" if stopped else "done")
+        self.report.timeline()
+        self._report_status("stopped" if stopped else "done")
         if self.metrics and self.loggers:
             self.metrics.close()
             self.loggers.close()

@@ -1,0 +1,93 @@
+"""What a run tells of itself while it goes on: ``status.json``, the timeline, the idle share of its stages."""
+
+from collections import Counter, deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..mcore.parallel import Groups
+from ..mcore.stream import WindowResult
+from ..types import Schedule
+from .jobs import Job
+from .output import chrome_trace, write_json
+from .progress import Progress
+
+KEPT_SPANS = 100_000
+"""Newest spans that the timeline keeps: about 40 MB, however many days a run lasts."""
+
+
+class RunReport:
+    """Rank 0's report of a run; the other ranks take part in gathering.
+
+    Args:
+        folder: the run's folder.
+        groups: this rank's groups.
+        progress: told of each window.
+        jobs: all jobs by index.
+    """
+
+    def __init__(self, folder: Path, groups: Groups, progress: Progress, jobs: Mapping[int, Job]) -> None:
+        self._folder, self._groups, self._progress, self._jobs = folder, groups, progress, jobs
+        self._spans: deque[dict[str, Any]] = deque(maxlen=KEPT_SPANS)
+        self._bubble_share: float | None = None
+
+    def window(self, schedule: Schedule, result: WindowResult) -> None:
+        """A window ended: idle share of the stages' time in it, and its part of the timeline."""
+        mine = (self._groups.pp_rank, self._groups.dp_rank, self._groups.tp_rank, result)
+        everyone = self._groups.gather(mine)
+        if everyone is None:
+            return
+        wall = max(r.stopped for *_, r in everyone) - min(r.started for *_, r in everyone)
+        busy = sum(r.busy_seconds for *_, r in everyone) / len(everyone)
+        self._bubble_share = max(0.0, 1.0 - busy / wall)
+        self._progress.window_done(bubble_share=self._bubble_share, seconds=wall)
+        for stage, replica, tensor, part in everyone:
+            if not replica and not tensor:
+                self._spans.extend(self._span(stage, span, schedule) for span in part.spans)
+
+    def status(self, state: str, *, window: int, last_checkpoint: str | None) -> None:
+        """Replace ``status.json``. ``state``: running | stopped | done."""
+        if not self._groups.is_first:
+            return
+        jobs = [
+            {
+                "name": job.name,
+                "status": job.status,
+                "reason": job.reason,
+                "step": job.applied,
+                "num_steps": job.num_steps,
+            }
+            for job in self._jobs.values()
+        ]
+        value = {
+            "state": state,
+            "window": window,
+            "bubble_share": self._bubble_share,
+            "last_checkpoint": last_checkpoint,
+            "jobs": jobs,
+        }
+        self._write("status.json", value)
+
+    def timeline(self) -> None:
+        """Write ``trace.json``."""
+        if self._groups.is_first:
+            stages = [f"stage {stage}" for stage in range(self._groups.pp_size)]
+            self._write("trace.json", chrome_trace(list(self._spans), stages))
+
+    def _write(self, name: str, value: Any) -> None:
+        try:
+            write_json(self._folder / name, value)
+        except OSError as error:
+            self._progress.note(f"{name} could not be written ({error}); the run goes on")
+
+    def _span(self, stage: int, span: Any, schedule: Schedule) -> dict[str, Any]:
+        microbatch = schedule.replicas[0][span.position]
+        jobs = Counter(self._jobs[sample.job].name for sample in microbatch.samples)
+        return {
+            "stage": stage,
+            "kind": span.kind,
+            "name": f"{span.kind[0].upper()}{span.position} {'+'.join(jobs) or 'no-op'}",
+            "start": span.start,
+            "stop": span.stop,
+            "args": {"chunk": span.chunk, "samples": dict(jobs)},
+        }
