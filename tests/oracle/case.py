@@ -3,12 +3,14 @@
 import argparse
 import contextlib
 import io
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from tests.launch import Ranks
@@ -56,7 +58,8 @@ def make_case(folder: Path, *, arch: str, tied: bool = False, jobs: int = 3, see
 def train_case(folder: Path) -> OracleCase:
     """Let the oracle train the jobs of ``folder/run.yaml``: in file order, without dropout, each from an adapter.
 
-    Where a job targets a fused linear by Megatron's name, PEFT's modules under it share one A parameter.
+    Beside each adapter lies grad_norms.json, a norm per step of a job that clips. Where a job targets a fused
+    linear by Megatron's name, PEFT's modules under it share one A parameter.
     """
     Ranks(_train, (str(folder),), world=1, folder=folder / "logs").wait(180.0).check()
     return OracleCase(folder=folder)
@@ -75,7 +78,13 @@ def _train(folder: str) -> None:
     from tests.oracle import peft_oracle
 
     run = yaml.safe_load(Path(folder, "run.yaml").read_text())
-    load = peft.PeftModel.from_pretrained
+    load, clip = peft.PeftModel.from_pretrained, torch.nn.utils.clip_grad_norm_
+    norms: list[float] = []
+
+    def clipping(parameters: Any, limit: float) -> Any:
+        norms.append(clip(parameters, limit).item())
+
+    torch.nn.utils.clip_grad_norm_ = clipping
     for job in run["jobs"]:
         targets = job["peft"].get("target_modules", [])
 
@@ -90,4 +99,6 @@ def _train(folder: str) -> None:
             return model
 
         peft.PeftModel.from_pretrained = sharing
+        norms.clear()
         peft_oracle.train_job(run, job, Path(folder, "oracle", job["name"]))
+        Path(folder, "oracle", job["name"], "grad_norms.json").write_text(json.dumps(norms))

@@ -1,0 +1,126 @@
+"""What tests run inside the ranks of a run, around the command itself."""
+
+import hashlib
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorafusion_megatron.mcore.steps import AdapterSteps
+from lorafusion_megatron.training import rack, trainer
+from lorafusion_megatron.types import Schedule
+from tests.launch import command
+
+GRADIENTS = {
+    ("inf once", 2): float("inf"),
+    ("nan once", 2): float("nan"),
+    **{("inf always", step): float("inf") for step in range(2, 100)},
+}
+"""(kind of fault, optimizer step) -> what stands in the job's gradient then."""
+
+
+def keep_schedules(words: list[str], file: str) -> int:
+    """Train, and keep the schedules of all windows."""
+    kept: list[Schedule] = []
+    build = trainer.build_schedule
+
+    def building(*args: Any) -> Schedule:
+        kept.append(build(*args))
+        return kept[-1]
+
+    trainer.build_schedule = building
+    status = command(words)
+    if kept:
+        Path(file).write_bytes(pickle.dumps(kept))
+    return status
+
+
+def keep_digests(words: list[str], file: str) -> int:
+    """Train, and keep what every rank held of each adapter after its last step and when its job left the model."""
+    unmount, close, apply = rack.AdapterRack.unmount, trainer.Trainer._close, AdapterSteps.apply
+    mine: dict[str, Any] = {}
+    after_step: dict[int, list[Any]] = {}
+
+    def applying(self: AdapterSteps) -> Any:
+        report = apply(self)
+        after_step[self.job] = _digest(self.shard.master)
+        return report
+
+    def unmounting(self: rack.AdapterRack, job: Any) -> None:
+        shard = self.shards[job.index]
+        replicated, split = shard.master[: shard.num_replicated], shard.master[shard.num_replicated :]
+        mine[job.name] = {
+            "replicated": _digest(replicated),
+            "split": _digest(split),
+            "whole": _digest(shard.master),
+            "after its last step": after_step[job.index],
+        }
+        unmount(self, job)
+
+    def closing(self: trainer.Trainer, *args: Any) -> None:
+        groups = self.groups
+        found = groups.gather({"pp": groups.pp_rank, "tp": groups.tp_rank, "dp": groups.dp_rank, "held": mine})
+        if found is not None:
+            Path(file).write_text(json.dumps(found))
+        close(self, *args)
+
+    rack.AdapterRack.unmount, trainer.Trainer._close, AdapterSteps.apply = unmounting, closing, applying
+    return command(words)
+
+
+def keep_base(words: list[str], file: str, fusion: bool) -> int:
+    """Train, with Megatron's gradient fusion asked for on every linear or not, and keep what became of the base."""
+    make, close = rack.AdapterRack.__init__, trainer.Trainer._close
+    loaded: dict[str, torch.Tensor] = {}
+
+    def making(self: rack.AdapterRack, *args: Any, **options: Any) -> None:
+        make(self, *args, **options)
+        for chunk in self.chunks:
+            for module in chunk.modules():
+                if hasattr(module, "gradient_accumulation_fusion"):
+                    module.gradient_accumulation_fusion = fusion
+            chunk.config.gradient_accumulation_fusion = fusion
+        loaded.update({name: p.clone() for chunk in self.chunks for name, p in chunk.named_parameters()})
+
+    def closing(self: trainer.Trainer, *args: Any) -> None:
+        parameters = {name: p for chunk in self.rack.chunks for name, p in chunk.named_parameters()}
+        found = {
+            "parameters": len(parameters),
+            "changed": [name for name, p in parameters.items() if not torch.equal(p, loaded[name])],
+            "with gradient": [
+                name
+                for name, p in parameters.items()
+                if p.requires_grad or p.grad is not None or getattr(p, "main_grad", None) is not None
+            ],
+        }
+        Path(file).write_text(json.dumps(found))
+        close(self, *args)
+
+    rack.AdapterRack.__init__, trainer.Trainer._close = making, closing
+    return command(words)
+
+
+def _digest(values: torch.Tensor) -> list[Any]:
+    return [values.numel(), hashlib.sha256(values.numpy().tobytes()).hexdigest()]
+
+
+def spoil_steps(words: list[str], job: int, kind: str) -> int:
+    """Train with one job's numbers spoiled: its gradient at some steps, or its weights after its first step."""
+    end_step, apply = AdapterSteps.end_step, AdapterSteps.apply
+
+    def ending(self: AdapterSteps, step: int) -> None:
+        if self.job == job and self.shard.numel and (kind, step) in GRADIENTS:
+            self.shard.grad[0] = GRADIENTS[kind, step]
+        end_step(self, step)
+
+    def applying(self: AdapterSteps) -> Any:
+        report = apply(self)
+        if self.job == job and kind == "weights" and self.applied == 1:
+            self.shard.master.fill_(1e30)
+            self.shard.refresh()
+        return report
+
+    AdapterSteps.end_step, AdapterSteps.apply = ending, applying
+    return command(words)
