@@ -91,6 +91,7 @@ def product(
     config: ProductConfig,
     programs: int,
     pure: bool,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``z Wᵀ + bias + q Bᵀ`` (factor B) or ``z W + mask ∘ (q A)`` (factor A).
 
@@ -104,13 +105,14 @@ def product(
         config: of the tiles.
         programs: multiprocessors of the device.
         pure: whether no block of ``config.block_m`` rows holds two adapters.
+        out: where to put the result.
 
     Returns:
         ``[tokens, out]`` forward, ``[tokens, in]`` backward.
     """
     forward = factor == 1
     (tokens, inner), width = z.shape, w.shape[0 if forward else 1]
-    y = z.new_empty(tokens, width)
+    y = z.new_empty(tokens, width) if out is None else out
     bm, bn, bk = config.block_m, config.block_n, config.block_k
     z_desc = TensorDescriptor.from_tensor(z, [bm, bk])
     w_desc = TensorDescriptor.from_tensor(w, [bn, bk] if forward else [bk, bn])

@@ -18,7 +18,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .overlap import launch_options
 from .tables import COLUMNS, FACTOR_A, FACTOR_B, FIELDS, THRESHOLD
 
 ROWS = 64
@@ -181,13 +183,14 @@ def _hopper_kernel(
     z_desc, w_desc, y_desc, bias, q_ptr, q_stride, table, tile_slots, keys,
     tokens, width, inner, num_slots, module_key, feature_offset,
     FACTOR: gl.constexpr, W_BY_OUTPUT: gl.constexpr, DROP: gl.constexpr, BIAS: gl.constexpr, ALIGN: gl.constexpr,
-    KC: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
+    KC: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, OVERLAP: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Buffers and barriers; then each part of the warps does its work until all tiles are done."""
     dtype: gl.constexpr = z_desc.dtype
     z_ring = gl.allocate_shared_memory(dtype, [2 * STAGES, BM // 2, BK], z_desc.layout)
-    w_ring = gl.allocate_shared_memory(dtype, [STAGES, BN if W_BY_OUTPUT else BK, BK if W_BY_OUTPUT else BN], w_desc.layout)
+    w_shape: gl.constexpr = [STAGES, BN, BK] if W_BY_OUTPUT else [STAGES, BK, BN]
+    w_ring = gl.allocate_shared_memory(dtype, w_shape, w_desc.layout)
     buffers = gl.allocate_shared_memory(dtype, [2, BM // 2, BN], y_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -195,6 +198,10 @@ def _hopper_kernel(
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(free.index(i), count=2)
     row_blocks, col_blocks = gl.cdiv(tokens, BM), gl.cdiv(width, BN)
+    if OVERLAP:
+        # As `overlap.await_predecessor`; what came before touches no memory that another kernel writes.
+        gdc_wait()
+        gdc_launch_dependents()
     gl.warp_specialize(
         [
             (_multiply, (
@@ -232,19 +239,22 @@ def hopper_product(
     feature_offset: int,
     drop: bool,
     align: int,
+    overlap: bool,
     programs: int,
     group: int,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `product.product`, for 16-bit types on compute capability 9.0 and tiles of 64 rows.
 
     Args:
         group: row blocks that run side by side.
+        out: where to put the result.
     """
     if tile != ROWS:
         raise ValueError(f"tiles of {tile} rows; the Hopper product needs {ROWS}")
     forward = factor == FACTOR_B.value
     (tokens, inner), width = z.shape, w.shape[0 if forward else 1]
-    y = z.new_empty(tokens, width)
+    y = z.new_empty(tokens, width) if out is None else out
     dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[z.dtype]
 
     def descriptor(tensor: torch.Tensor, block: list[int]) -> TensorDescriptor:
@@ -257,7 +267,7 @@ def hopper_product(
         bias, q, q.shape[1], table, tile_slots, keys,
         tokens, width, inner, table.shape[0], module_key, feature_offset,
         FACTOR=factor, W_BY_OUTPUT=forward, DROP=drop, BIAS=bias is not None, ALIGN=align,
-        KC=min(triton.next_power_of_2(q.shape[1]), 64), GROUP=group, PROGRAMS=programs,
-        BM=BM, BN=BN, BK=BK, STAGES=STAGES, num_warps=4, maxnreg=168,
+        KC=min(triton.next_power_of_2(q.shape[1]), 64), GROUP=group, PROGRAMS=programs, OVERLAP=overlap,
+        BM=BM, BN=BN, BK=BK, STAGES=STAGES, num_warps=4, maxnreg=168, **launch_options(overlap),
     )  # fmt: skip
     return y

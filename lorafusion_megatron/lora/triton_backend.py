@@ -1,6 +1,7 @@
 """The Triton backend: the fused kernels over any number of adapters, each launch serving all of a microbatch's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,8 +21,9 @@ from .routing import Routing
 
 TILE = 64
 """Rows per tile: the smallest that fills the matrix unit; larger ones waste more padding on every layer."""
-WIDEST_JOINT = 64
-"""Columns up to which dS and dB share one pass over dY; beyond, the parts of dS outweigh a second pass."""
+WIDEST_JOINT, WIDEST_UNCACHED = 64, 32
+"""Columns up to which dS and dB share one pass over dY, where the parts of dS fit the cache and where they don't;
+beyond, writing and reading the parts outweighs a second pass (measured, docs/kernels.md)."""
 FACTOR_A, FACTOR_B = tables.FACTOR_A.value, tables.FACTOR_B.value
 GRAD_A, GRAD_B = tables.GRAD_A.value, tables.GRAD_B.value
 
@@ -58,6 +60,7 @@ class TritonBackend:
         device: where the linears live.
         strategy: ``auto`` measures; ``hopper`` and ``fused`` put the adapter's part inside the product, ``expand``
             adds it to cuBLAS' product in place. What the device lacks falls back to ``expand``.
+        concurrent: whether the backward's product runs beside the pass for A's gradient, on a stream of its own.
         interpret: run on the CPU; TRITON_INTERPRET=1 must have been set before the kernels were imported.
 
     Note: never synchronises with the host; capturable in a CUDA graph after one call outside it, which builds the
@@ -67,7 +70,14 @@ class TritonBackend:
     name = "triton"
     tile = TILE
 
-    def __init__(self, device: torch.device | str = "cuda", *, strategy: str = "auto", interpret: bool = False) -> None:
+    def __init__(
+        self,
+        device: torch.device | str = "cuda",
+        *,
+        strategy: str = "auto",
+        concurrent: bool = True,
+        interpret: bool = False,
+    ) -> None:
         self.device = torch.device(device)
         self.strategy = strategy
         self.interpret = interpret
@@ -76,12 +86,17 @@ class TritonBackend:
         self._bulk_copies = interpret
         self._overlap = False
         self._hopper = False
+        self._stream: torch.cuda.Stream | None = None
+        self._cache_bytes = 32 << 20
         self._tuner: Tuner | None = None
         if self.device.type == "cuda" and torch.cuda.is_available():
             properties = torch.cuda.get_device_properties(self.device)
             self._programs = properties.multi_processor_count
             self._bulk_copies = self._overlap = properties.major >= 9
             self._hopper = properties.major == 9
+            if concurrent:
+                self._stream = torch.cuda.Stream(self.device, priority=-1)
+            self._cache_bytes = properties.L2_cache_size
             self._tuner = Tuner(cache_path(self.device))
 
     def reason_unsupported(self, x: torch.Tensor, weight: torch.Tensor) -> str | None:
@@ -145,8 +160,34 @@ class TritonBackend:
         assert s is not None
         dy, x = _rows(dy), _rows(x)
         ds = self._dy_products(dy, s, call, adapters, routing)
+        if not needs_dx:
+            self._grad(x, ds, call, adapters, routing, grad=GRAD_A)
+            return None
+        dx = dy.new_empty(dy.shape[0], weight.shape[1])
+        with self._beside():
+            self._product(dy, weight, None, ds, call, adapters, routing, factor=FACTOR_A, out=dx)
         self._grad(x, ds, call, adapters, routing, grad=GRAD_A)
-        return self._product(dy, weight, None, ds, call, adapters, routing, factor=FACTOR_A) if needs_dx else None
+        self._join()
+        return dx
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """Launch what is inside on a stream of high priority that forks from the current one; `_join` ends it.
+
+        Note: the product's last wave leaves multiprocessors idle (8192 x 4096 outputs are 7.8 waves of 132); the pass
+        over X that runs beside it fills them. Both only need dS. The result was allocated on the current stream,
+        which waits in `_join`, so the allocator needs to know nothing.
+        """
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def _join(self) -> None:
+        if self._stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
 
     def _call(self, adapters: LinearAdapters, routing: Routing) -> _Call | None:
         active = [adapters.by_slot[segment.slot] for segment in routing.segments if segment.slot in adapters.by_slot]
@@ -185,9 +226,9 @@ class TritonBackend:
             overlap=self._overlap,
         )  # fmt: skip
 
-    def _product(self, z, weight, bias, q, call: _Call, adapters, routing, *, factor: int) -> torch.Tensor:
+    def _product(self, z, weight, bias, q, call: _Call, adapters, routing, *, factor: int, out=None) -> torch.Tensor:
         """The frozen product with the adapters' part in it, the way that is fastest here."""
-        ways = self._ways(z, weight, bias, q, call, adapters, routing, factor=factor)
+        ways = self._ways(z, weight, bias, q, call, adapters, routing, factor=factor, out=out)
         default = next(iter(ways))
         if self._tuner is None or len(ways) == 1:
             return ways[default]()
@@ -205,7 +246,7 @@ class TritonBackend:
         return ways[choice]()
 
     def _ways(
-        self, z, weight, bias, q, call: _Call, adapters, routing, *, factor: int
+        self, z, weight, bias, q, call: _Call, adapters, routing, *, factor: int, out: torch.Tensor | None
     ) -> dict[str, Callable[[], torch.Tensor]]:
         """Every way to compute the product on this device that ``strategy`` allows, the likeliest first."""
         forward = factor == FACTOR_B
@@ -217,21 +258,25 @@ class TritonBackend:
             "feature_offset": adapters.feature_offset,
             "drop": call.drop and not forward,
             "align": call.slots.align,
+            # A dependent launch follows its predecessor on one stream; beside it there is none.
+            "overlap": self._overlap and (forward or self._stream is None),
         }
 
         def hopper(group: int) -> torch.Tensor:
-            return hopper_product(z, weight, bias, q, *operands, programs=self._programs, group=group, **shared)
+            return hopper_product(
+                z, weight, bias, q, *operands, programs=self._programs, group=group, out=out, **shared
+            )
 
         def fused(group: int) -> torch.Tensor:
             config = ProductConfig(group=group)
             return product(
                 z, weight, bias, q, *operands, config=config, programs=self._programs,
-                pure=_pure(routing, config.block_m), overlap=self._overlap, **shared,
+                pure=_pure(routing, config.block_m), out=out, **shared,
             )  # fmt: skip
 
         def expanded() -> torch.Tensor:
-            y = F.linear(z, weight, bias) if forward else z @ weight
-            expand_(y, q, *operands, overlap=self._overlap, **shared)
+            y = F.linear(z, weight, bias) if forward else torch.mm(z, weight, out=out)
+            expand_(y, q, *operands, **shared)
             return y
 
         ways: dict[str, Callable[[], torch.Tensor]] = {}
@@ -247,14 +292,18 @@ class TritonBackend:
 
     def _dy_products(self, dy, s, call: _Call, adapters, routing) -> torch.Tensor:
         """dS, and dB into the gradients."""
-        if call.width > WIDEST_JOINT:
+        strip = 512 if dy.shape[1] >= 16384 and call.width <= 16 else 256
+        strips = -(-dy.shape[1] // strip)
+        fits = 4 * dy.shape[0] * call.width * strips <= self._cache_bytes
+        if call.width > (WIDEST_JOINT if fits else WIDEST_UNCACHED):
             self._grad(dy, s, call, adapters, routing, grad=GRAD_B)
             return self._down(dy, call, adapters, routing, factor=FACTOR_B, drop=False)
-        chunks, split = self._chunks(routing, strips=-(-dy.shape[1] // 256), most=2048)
+        chunks, split = self._chunks(routing, strips=strips, most=2048)
         return dy_pass(
             dy, s, call.slots.table, chunks, routing.tile_slots,
             self._zeros("dy", chunks.shape[0] * -(-dy.shape[1] // 64)),
             row_projection=adapters.row_projection, tile=TILE, split=split, align=call.slots.align,
+            block_n=strip,
             overlap=self._overlap,
         )  # fmt: skip
 

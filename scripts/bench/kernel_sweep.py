@@ -144,7 +144,7 @@ def sweep_product(shape: Shape, forward: bool) -> Iterable[tuple[str, Callable[[
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     shared = {
         "factor": 1 if forward else 0, "tile": TILE, "module_key": 99, "feature_offset": 0, "drop": not forward,
-        "align": shape.align, "programs": processors,
+        "align": shape.align, "programs": processors, "overlap": True,
     }  # fmt: skip
     z, q = (shape.x, shape.s) if forward else (shape.dy, shape.ds)
     operands = (z, shape.w, None, q, shape.table, shape.tile_slots, shape.keys)
@@ -154,7 +154,7 @@ def sweep_product(shape: Shape, forward: bool) -> Iterable[tuple[str, Callable[[
         config = ProductConfig(**base, group=group)
         yield (
             str(config),
-            lambda config=config: product(*operands, config=config, pure=True, overlap=True, **shared),
+            lambda config=config: product(*operands, config=config, pure=True, **shared),
         )
 
 
