@@ -1,0 +1,123 @@
+"""Prints what the planner must hold: bubbles, microbatches and planning time on the paper's workloads.
+
+    python scripts/bench/planner.py            # all workloads, a few minutes
+    python scripts/bench/planner.py --quick    # batch 16 alone
+
+A line says `ok`, or what limits it: `samples` where the lengths need more microbatches than the tokens do,
+`dependencies` where a stream of full microbatches has fewer positions than the distance between a job's steps needs.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+
+from planner_workloads import LLAMA_70B, WORKLOADS, make_jobs
+
+from lorafusion_megatron.scheduler.build import PlanOptions, build_schedule
+from lorafusion_megatron.scheduler.cost import default_cost_model, equal_loads, split_loads
+from lorafusion_megatron.scheduler.report import PlanReport, report_plan
+from lorafusion_megatron.scheduler.split import best_layers
+
+COST = default_cost_model(LLAMA_70B)
+STEPS = 64
+TILE = 64
+
+
+def plan(jobs: list, options: PlanOptions) -> tuple[PlanReport, float, float]:
+    """The report and the wall and processor seconds of planning."""
+    wall, processor = time.perf_counter(), time.process_time()
+    schedule = build_schedule(jobs, options)
+    wall, processor = time.perf_counter() - wall, time.process_time() - processor
+    return report_plan(schedule, jobs, options), wall, processor
+
+
+def options_for(stages: int, capacity: int, *, split: bool = False, **changes: object) -> PlanOptions:
+    """Stages of equal work, or the best split of whole layers."""
+    layers = LLAMA_70B.num_layers
+    loads = split_loads(best_layers(COST, layers, stages)) if split else equal_loads(layers, stages)
+    return PlanOptions(token_capacity=capacity, padding_multiple=TILE, stages=stages, cost=COST, loads=loads, **changes)  # type: ignore[arg-type]
+
+
+def verdict(report: PlanReport) -> str:
+    """Whether bubbles and microbatches hold, or what is in the way."""
+    allowed = max(0.03 + report.split_bound, report.lemma_bound + 0.01)
+    faults = []
+    if report.bubble_share > allowed:
+        faults.append(f"bubbles {100 * (report.bubble_share - allowed):.1f} points over")
+    if report.microbatches > 1.02 * report.fewest_microbatches:
+        room = report.fewest_microbatches >= report.lemma_positions * 1.5
+        tight = report.packing_bound > report.fewest_microbatches
+        faults.append("more microbatches: " + ("samples" if tight else "choice" if room else "dependencies"))
+    return "; ".join(faults) or "ok"
+
+
+def workloads(batches: list[int], rows: list[dict]) -> None:
+    """A line for each workload, batch, capacity, number of stages, and split."""
+    print(
+        f"{'workload':9}{'batch':>6}{'capacity':>9}{'stages':>7}{'split':>7}{'bubbles':>9}{'of split':>9}"
+        f"{'of lemma':>9}{'microb.':>8}{'tokens':>7}{'lengths':>8}{'lemma':>6}{'noops':>6}{'plan s':>7}"
+    )
+    for name, batch, capacity, stages in product(WORKLOADS, batches, (4096, 6144, 8192), (2, 4, 8)):
+        jobs = make_jobs(WORKLOADS[name], STEPS, batch)
+        for split in (False, True) if stages == 4 and capacity == 8192 else (False,):
+            report, wall, _ = plan(jobs, options_for(stages, capacity, split=split))
+            print(
+                f"{name:9}{batch:6}{capacity:9}{stages:7}{'whole' if split else 'equal':>7}{report.bubble_share:9.2%}"
+                f"{report.split_bound:9.2%}{report.lemma_bound:9.2%}{report.microbatches:8}"
+                f"{report.fewest_microbatches:7}{report.packing_bound:8}{report.lemma_positions:6}{report.noops:6}"
+                f"{wall:7.2f}  {verdict(report)}",
+                flush=True,
+            )
+            rows.append(
+                {"workload": name, "batch": batch, "capacity": capacity, "stages": stages, "split": split}
+                | {"planning_seconds": wall, "verdict": verdict(report)}
+                | asdict(report)
+            )
+
+
+def baselines() -> None:
+    """The three schedules side by side where the paper compares them: 4 stages, batch 16."""
+    for name in WORKLOADS:
+        jobs = make_jobs(WORKLOADS[name], STEPS, 16)
+        shares = []
+        for kind in ("staggered", "round_robin", "sequential"):
+            report, _, _ = plan(jobs, options_for(4, 8192, schedule=kind))
+            shares.append(f"{kind} {report.bubble_share:.2%} in {report.predicted_seconds:.0f} s")
+        print(f"{name:9}", "; ".join(shares), flush=True)
+
+
+def planning_time() -> None:
+    """The peer's case: 4 jobs, batch 16, 4 stages, capacity 8,192; and a first window of 4 steps a job."""
+    for name in WORKLOADS:
+        for steps in (4, 40, 400):
+            jobs = make_jobs(WORKLOADS[name], steps, 16)
+            report, wall, processor = plan(jobs, options_for(4, 8192))
+            over = report.microbatches / report.fewest_microbatches - 1
+            print(
+                f"{name:9}{64 * steps:7} samples planned in {wall:.2f} s ({processor:.2f} s of processor), "
+                f"{over:+.1%} microbatches",
+                flush=True,
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="batch 16 alone")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    args = parser.parse_args()
+    rows: list[dict] = []
+    planning_time()
+    baselines()
+    workloads([16] if args.quick else [8, 16, 32], rows)
+    held = sum(row["verdict"] == "ok" for row in rows)
+    bubbles = sum("bubbles" not in row["verdict"] for row in rows)
+    print(f"{bubbles} of {len(rows)} hold the bubble share, {held} also the number of microbatches")
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Sample lengths shaped like the data sets of the LoRAFusion paper: no data needed.
+
+Lengths are lognormal, fitted to what is published, plus the summary, clipped to 32 and 4,096 tokens:
+
+- XSum and CNN/DailyMail: median and 90th percentile of the input in tokens, 359 and 920, 777 and 1,439, as Zaheer et
+  al. list them (Big Bird, NeurIPS 2020, appendix); sigma = ln(p90 / median) / 1.2816. Summaries add 25 and 59 tokens
+  (their medians). Cross-check: the fitted mean of CNN/DailyMail, 872 word pieces, against 781 words (Nallapati et al.
+  2016).
+- WikiSum (how-to articles): Cohen et al. (ACL 2021) give mean lengths, 1,334 words and 101 in the summary, taken as
+  1.25 tokens a word. No spread is given: sigma 0.5 is assumed, as CNN/DailyMail has (0.48).
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from lorafusion_megatron.types import GlobalBatch, ModelSpec, Sample
+
+LOGNORMAL = {"xsum": (359 + 25, 0.734), "cnn": (777 + 59, 0.481), "wikisum": (1.25 * 1435 * math.exp(-0.125), 0.5)}
+"""Data set -> (median, sigma)."""
+WORKLOADS = {
+    "xsum": ("xsum",) * 4,
+    "cnn": ("cnn",) * 4,
+    "wikisum": ("wikisum",) * 4,
+    "mix": ("mix",) * 4,
+    "each": ("xsum", "cnn", "wikisum", "mix"),
+}
+"""Workload -> data set of each of its jobs; mix draws each sample from one of the three."""
+LLAMA_70B = ModelSpec(
+    family="llama",
+    num_layers=80,
+    hidden_size=8192,
+    ffn_hidden_size=28672,
+    num_attention_heads=64,
+    num_query_groups=8,
+    head_dim=128,
+    vocab_size=128256,
+    max_position_embeddings=131072,
+    norm_epsilon=1e-5,
+    rope_theta=500000.0,
+)
+
+
+def draw_lengths(rng: np.random.Generator, data_set: str, count: int) -> np.ndarray:
+    """``count`` sample lengths in tokens."""
+    names = rng.choice(list(LOGNORMAL), count) if data_set == "mix" else np.full(count, data_set)
+    medians, sigmas = np.array([LOGNORMAL[name] for name in names]).T
+    return np.clip(np.exp(np.log(medians) + sigmas * rng.standard_normal(count)), 32, 4096).astype(int)
+
+
+def make_jobs(data_sets: Sequence[str], steps: int, batch: int, seed: int = 0) -> list[list[GlobalBatch]]:
+    """A job per data set, each of ``steps`` global batches of ``batch`` samples."""
+    rng = np.random.default_rng(seed)
+    return [
+        [make_batch(job, step, draw_lengths(rng, name, batch)) for step in range(1, steps + 1)]
+        for job, name in enumerate(data_sets)
+    ]
+
+
+def make_batch(job: int, step: int, lengths: np.ndarray) -> GlobalBatch:
+    """A global batch of samples of these lengths."""
+    total = int(lengths.sum())
+    samples = tuple(
+        Sample(job=job, step=step, position=i, row=i, tokens=n, batch_label_tokens=total)
+        for i, n in enumerate(lengths.tolist())
+    )
+    return GlobalBatch(job=job, step=step, samples=samples, label_tokens=total)
