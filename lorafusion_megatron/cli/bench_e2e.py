@@ -82,6 +82,7 @@ def _measure(
     from ..training.bench.measure import Bench, Setting, make_adapters, make_backend, matmul_rate
     from ..training.bench.report import rows, summary, table
     from ..training.bench.variants import variants
+    from ..training.memory import MemoryOptions, describe, predict_memory
     from ..types import padded
 
     cost = default_cost_model(spec)
@@ -120,6 +121,17 @@ def _measure(
             print("  ".join(f"{name} {value:.3f}" for name, value in ratios.items()), flush=True)
             if args.out:  # after every workload: a run that is cut off leaves what it has
                 _write_json(Path(args.out), header, results)
+    if groups.is_first:
+        sizes_of = MemoryOptions(
+            layers_per_chunk=layout,
+            stages=args.pipeline,
+            token_capacity=args.capacity,
+            dtype_bytes=setting.dtype.itemsize,
+        )
+        measured = [o.peak_bytes for found in results.values() for o in found if o.variant.name == "both"]
+        peaks = {stage: max(peak[stage] for peak in measured) for stage in range(args.pipeline)} if measured else None
+        print("\nmemory of 'both' (and the eager adapters beside it)")
+        print(describe(predict_memory(spec, list(setting.adapters.values()), sizes_of), peaks), flush=True)
     return results, header
 
 

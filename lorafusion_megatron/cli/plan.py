@@ -100,6 +100,7 @@ def _load(args: argparse.Namespace) -> _Work:
     from lorafusion_megatron.scheduler.cost import CostModel, default_cost_model, split_loads
     from lorafusion_megatron.scheduler.options import PlanOptions
     from lorafusion_megatron.training.inputs import job_batches, load_inputs
+    from lorafusion_megatron.training.memory import describe, predict_run_memory
 
     run_config = load_run(args.run_file, args.overrides)
     runtime, model = run_config.runtime, run_config.model
@@ -135,7 +136,8 @@ def _load(args: argparse.Namespace) -> _Work:
         loads=split_loads(layers),
     )
     sources = {index: job_batches(run_config, index, rows) for index, rows in datasets.items()}
-    return _Work(run_config, spec, sources, options, notes + advice)
+    memory = describe(predict_run_memory(run_config, spec, layers)).splitlines()
+    return _Work(run_config, spec, sources, options, (*notes, *advice, *(f"memory, {line}" for line in memory)))
 
 
 def _layers(run_config: "RunConfig", spec: "ModelSpec", cost: Any, datasets: Mapping[int, Any]) -> tuple[Any, Any]:

@@ -105,12 +105,20 @@ class AdapterShard:
         num_replicated: how many elements in front every tensor-parallel rank holds alike.
     """
 
-    def __init__(self, spec: AdapterSpec, targets: Sequence[TargetLinear], *, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        spec: AdapterSpec,
+        targets: Sequence[TargetLinear],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+    ) -> None:
         self.spec = spec
         chosen = [(target, _projections_of(spec, target)) for target in targets]
         chosen = [(target, projections) for target, projections in chosen if projections]
         offsets, self.num_replicated, numel = _layout(spec.rank, chosen)
-        device = targets[0].device if targets else torch.device("cpu")
+        if device is None:  # a stage without any linear has to be told
+            device = targets[0].device if targets else torch.device("cpu")
         self.master = torch.zeros(numel, dtype=torch.float32, device=device)
         self.params = self.master if dtype == torch.float32 else torch.zeros(numel, dtype=dtype, device=device)
         self.grad = torch.zeros(numel + 1, dtype=torch.float32, device=device)

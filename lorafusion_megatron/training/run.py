@@ -1,13 +1,15 @@
 """A whole run: checks first, then process groups, then the trainer."""
 
 import os
+from typing import Any
 
 import torch
 
 from ..config.run import RunConfig
 from ..mcore.quiet import quiet_megatron
-from .progress import make_progress
-from .setup import prepare
+from .memory import describe, predict_run_memory
+from .progress import Progress, make_progress
+from .setup import Prepared, prepare
 from .signals import EXIT_STOPPED, StopRequest
 
 
@@ -45,6 +47,7 @@ def train_run(run: RunConfig) -> int:
         for note in prepared.notes:
             progress.note(note)
         done = Trainer(prepared, groups, progress, stop).train()
+        _note_memory(prepared, groups, progress)
         if not done and stop.signal is not None:
             progress.note(f"stopped by {stop.signal.name}; the state is saved: start the same command again to go on")
         elif not done:
@@ -54,3 +57,15 @@ def train_run(run: RunConfig) -> int:
         stop.restore()
         parallel.stop()
     return 0 if done else EXIT_STOPPED
+
+
+def _note_memory(prepared: Prepared, groups: Any, progress: Progress) -> None:
+    """Say how much memory each stage took at most, beside what was predicted; every rank of a GPU run calls it."""
+    if prepared.device != "cuda":
+        return
+    everyone = groups.gather((groups.pp_rank, torch.cuda.max_memory_allocated()))
+    if everyone is not None:
+        predicted = predict_run_memory(prepared.run, prepared.spec, prepared.layers_per_chunk)
+        measured = {stage: max(size for other, size in everyone if other == stage) for stage, _ in everyone}
+        for line in describe(predicted, measured).splitlines():
+            progress.note(f"memory, {line}")

@@ -57,8 +57,8 @@ class Outcome:
     tokens: int
     seconds: list[float] = field(default_factory=list)
     bubbles: list[float] = field(default_factory=list)
-    peak_bytes: int = 0
-    """Most memory allocated on a stage."""
+    peak_bytes: tuple[int, ...] = ()
+    """Per stage, the most memory that was allocated."""
     spans: list[list[Span]] = field(default_factory=list)
     """Per stage, of the last repeat."""
     failure: str = ""
@@ -179,7 +179,7 @@ class Bench:
         busy = sum(r.busy_seconds for r in results) / len(results)
         outcome.seconds.append(wall)
         outcome.bubbles.append(max(0.0, 1.0 - busy / wall))
-        outcome.peak_bytes = max(outcome.peak_bytes, *(p for _, p in everyone))
+        outcome.peak_bytes = tuple(p for _, p in everyone)
         if keep_spans:
             first = min(r.started for r in results)
             outcome.spans = [[_shifted(span, first) for span in r.spans] for r in results]

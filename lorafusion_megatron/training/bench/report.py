@@ -54,7 +54,7 @@ def rows(outcomes: Sequence[Outcome], spec: ModelSpec, gpus: int, peak: float) -
             "bubble_share": round(o.bubble_share, 4),
             "tflops_per_gpu": round(o.rate * flops_per_token(spec) / gpus / 1e12, 1),
             "flops_share": round(o.rate * flops_per_token(spec) / gpus / peak, 4) if peak else None,
-            "peak_gib": round(o.peak_bytes / 2**30, 2),
+            "peak_gib": [round(peak / 2**30, 2) for peak in o.peak_bytes],
             "failure": o.failure,
         }
         for o in outcomes
@@ -79,7 +79,7 @@ def table(numbers: Sequence[Mapping[str, Any]]) -> str:
                 str(row["optimizer_steps"]),
                 f"{row['tflops_per_gpu']:.0f}",
                 "" if share is None else f"{share:.1%}",
-                f"{row['peak_gib']:.1f}",
+                "/".join(f"{peak:.1f}" for peak in row["peak_gib"]),
             )
         )
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
@@ -121,8 +121,8 @@ def bar_chart(path: Path, title: str, results: Mapping[str, Sequence[Outcome]]) 
     axes.set_xticks([i + 0.4 - width / 2 for i in range(len(results))], list(results))
     axes.set_ylabel("tokens/s (labels: thousands)")
     axes.set_title(title, fontsize=9)
-    axes.margins(y=0.18)
-    axes.legend(fontsize=8, ncols=len(names), loc="upper center")
+    axes.margins(y=0.3)
+    axes.legend(fontsize=8, ncols=3, loc="upper center")
     _save(figure, path)
 
 
