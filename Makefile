@@ -22,7 +22,7 @@ $(INSTALLED): pyproject.toml tests/constraints.txt scripts/install.sh scripts/fi
 	@touch $@
 
 demo: $(INSTALLED) ## train three jobs together on a real small model, on CPU, and compare before and after
-	@scripts/demo.sh
+	@scripts/demo/run.sh
 
 test: $(INSTALLED) ## all tests, the cheap ones first; those that need a GPU are skipped without one
 	@$(PYTEST)
