@@ -9,6 +9,7 @@ after. Exit status 1 where an adapter is not the best on its own job, or less th
 import argparse
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 JOBS = ("pirate", "orders", "telegram")
 DATA = Path(__file__).parent / "data"
@@ -87,21 +89,25 @@ def measure(base_dir: Path, run_dir: Path, console: Console) -> dict[str, Any]:
         job: {"question": rows[0][0]["content"], "expected": rows[0][1]["content"]} for job, rows in held_out.items()
     }
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("evaluating", total=len(JOBS) * (len(JOBS) + 1) + 2 * len(JOBS))
+        task = progress.add_task("loading", total=len(JOBS) * (len(JOBS) + 1) + 2 * len(JOBS))
+        base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
+        model = PeftModel.from_pretrained(base, run_dir / JOBS[0], adapter_name=JOBS[0])
+        for job in JOBS[1:]:
+            model.load_adapter(run_dir / job, adapter_name=job)
+        model.eval()
         for name in (BASE, *JOBS):
-            model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
-            if name != BASE:
-                model = PeftModel.from_pretrained(model, run_dir / name)
-            model.eval()
             losses[name] = {}
-            for job in JOBS:
-                progress.update(task, description=f"{name} on {job}")
-                losses[name][job] = held_out_loss(model, tokenizer, held_out[job])
-                progress.advance(task)
-                if name in (BASE, job):
-                    text = answer(model, tokenizer, held_out[job][0])
-                    answers[job]["before" if name == BASE else "after"] = text
+            if name != BASE:
+                model.set_adapter(name)
+            with model.disable_adapter() if name == BASE else nullcontext():
+                for job in JOBS:
+                    progress.update(task, description=f"{name} on {job}")
+                    losses[name][job] = held_out_loss(model, tokenizer, held_out[job])
                     progress.advance(task)
+                    if name in (BASE, job):
+                        text = answer(model, tokenizer, held_out[job][0])
+                        answers[job]["before" if name == BASE else "after"] = text
+                        progress.advance(task)
     return {"losses": losses, "answers": answers}
 
 
@@ -146,6 +152,7 @@ def main() -> int:
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of the run, with one adapter per job")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write all figures")
     args = parser.parse_args()
+    disable_progress_bar()
     console = Console()
     result = measure(args.base, args.run, console)
     result["verdict"] = judge(result["losses"])
