@@ -1,6 +1,7 @@
 """Marks in time on the stream of work: the host's clock on the CPU, CUDA events on a GPU."""
 
 import time
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,8 +16,8 @@ class Clock(Protocol):
     def mark(self) -> Mark:
         """A mark behind all work enqueued so far."""
 
-    def seconds(self, mark: Mark) -> float:
-        """When the mark was passed, in seconds of `time.perf_counter`; waits where it was not passed yet."""
+    def seconds(self, marks: Sequence[Mark]) -> list[float]:
+        """When the marks were passed, in seconds of `time.perf_counter`; waits for the last."""
 
 
 class HostClock:
@@ -26,9 +27,9 @@ class HostClock:
         """The time now."""
         return time.perf_counter()
 
-    def seconds(self, mark: Mark) -> float:
-        """The mark."""
-        return float(mark)
+    def seconds(self, marks: Sequence[Mark]) -> list[float]:
+        """The marks."""
+        return [float(mark) for mark in marks]
 
 
 class DeviceClock:
@@ -49,10 +50,10 @@ class DeviceClock:
         event.record()
         return event
 
-    def seconds(self, mark: Mark) -> float:
-        """Time of the event."""
-        mark.synchronize()
-        return self._origin + self._first.elapsed_time(mark) / 1e3
+    def seconds(self, marks: Sequence[Mark]) -> list[float]:
+        """Times of the events, after one synchronisation for all."""
+        torch.cuda.current_stream().synchronize()
+        return [self._origin + self._first.elapsed_time(mark) / 1e3 for mark in marks]
 
 
 def make_clock(device: torch.device) -> Clock:

@@ -201,7 +201,7 @@ class DeviceSteps(AdapterSteps):
         self._sent.append(_Sent(step=step, lr=lr, values=pinned, arrived=arrived))
 
     def _read(self, sent: _Sent) -> StepReport:
-        if sent.arrived is not None:
+        if sent.arrived is not None and not sent.arrived.query():
             sent.arrived.synchronize()
         loss, norm, skipped, stopped = sent.values.tolist()
         left_out = bool(skipped)

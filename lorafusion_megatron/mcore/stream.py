@@ -93,10 +93,11 @@ class StreamRunner:
         for steps in self.steps.values():
             if window.cut is not None:
                 steps.discard_gradient()
+        result = window.result(started, stopped)
         self._poll(wait=True)
         for iterator in iterators:
             iterator.close()
-        return window.result(started, stopped)
+        return result
 
     def _pass(self, window: Window, iterators: Sequence[Iterator[Any]], first: int, count: int) -> None:
         """One call of Megatron's schedule; steps that it leaves pending are applied."""

@@ -215,23 +215,15 @@ class Window:
 
     def result(self, started: Mark, stopped: Mark) -> WindowResult:
         """Times of everything that ran; waits for the device."""
-        where, seconds = self.passes.positions, self._clock.seconds
-        return WindowResult(
-            spans=[
-                Span(
-                    kind=kind,
-                    position=where[position],
-                    chunk=chunk,
-                    start=seconds(start),
-                    stop=seconds(stop),
-                    noop=noop,
-                )
-                for kind, position, chunk, start, stop, noop in self._marks
-            ],
-            started=seconds(started),
-            stopped=seconds(stopped),
-            cut=None if self.cut is None else where[self.cut],
-        )
+        marks = [started, stopped, *(mark for entry in self._marks for mark in entry[3:5])]
+        begin, end, *times = self._clock.seconds(marks)
+        spans = []
+        for number, (kind, at, chunk, _, _, noop) in enumerate(self._marks):
+            start, stop = times[2 * number : 2 * number + 2]
+            position = self.passes.positions[at]
+            spans.append(Span(kind=kind, position=position, chunk=chunk, start=start, stop=stop, noop=noop))
+        cut = None if self.cut is None else self.passes.positions[self.cut]
+        return WindowResult(spans=spans, started=begin, stopped=end, cut=cut)
 
     def _ends(self, position: int) -> Sequence[Any]:
         return self.schedule.ends_at.get(self.passes.positions[position], ())
