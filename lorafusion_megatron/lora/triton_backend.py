@@ -330,7 +330,10 @@ class TritonBackend:
         if key not in routing.derived:
             segments = [(segment.slot, segment.start, segment.stop) for segment in routing.segments]
             table = tables.chunk_table(segments, rows_per_chunk=rows)
-            routing.derived[key] = (table.to(routing.row_keys.device), table.shape[0] > len(segments))
+            device = routing.row_keys.device
+            if device.type == "cuda":  # from pageable memory the host would wait for the copy
+                table = table.pin_memory()
+            routing.derived[key] = (table.to(device, non_blocking=True), table.shape[0] > len(segments))
         return routing.derived[key]
 
     def _zeros(self, use: str, size: int) -> torch.Tensor:
