@@ -9,6 +9,7 @@ from ..config.build import Builder
 from ..config.job import JobConfig
 from ..data.collate import collate
 from ..data.dataset import JobDataset
+from ..errors import UserError
 from ..mcore.batch import HostBatch, host_batch
 from ..mcore.parallel import Groups
 from ..mcore.stop import StopVote
@@ -382,7 +383,8 @@ class Trainer:
         job.source = job_batches(self.run, job.index, job.dataset)
         job.num_steps = job.source.num_steps
         counters = resumed.counters(job.index) if resumed else None
-        if counters is None and job.applied >= job.num_steps:
+        if counters is None and job.status == "finished":
+            _check_not_longer(job)
             job.dataset = job.source = None
             return
         if job.status == "finished" and job.applied < job.num_steps and not job.reason:
@@ -454,3 +456,14 @@ class Trainer:
         if self.metrics and self.loggers:
             self.metrics.close()
             self.loggers.close()
+
+
+def _check_not_longer(job: Job) -> None:
+    """A job that ended has left the model; its moments are not kept."""
+    if job.num_steps > job.applied and not job.reason:
+        raise UserError(
+            f"{job.num_steps} steps for {job.name}, which ended after {job.applied}",
+            rule="the optimizer's state of a job that ended is not kept",
+            remedy="give the longer training a new name and peft.init_from: the adapter's folder",
+            key=f"jobs[{job.index}].train",
+        )

@@ -245,5 +245,9 @@ def test_a_run_that_ended_has_nothing_left_to_train(tmp_path):
     before = (out / "metrics.jsonl").read_text()
     launch.train(run_file)
     assert (out / "metrics.jsonl").read_text() == before
-    launch.train(run_file, "jobs.a.train.train_iters=5")
-    assert len(tiny.losses(out, "a")) == 5
+    longer = launch.Ranks(
+        launch.command, (["train", str(run_file), "jobs.a.train.train_iters=5"],), world=1, folder=tmp_path / "logs"
+    ).wait(60.0)
+    assert longer.statuses == (2,)
+    assert "5 steps for a, which ended after 3" in longer.outputs[0]
+    assert "peft.init_from" in longer.outputs[0]

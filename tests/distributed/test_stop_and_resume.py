@@ -1,4 +1,4 @@
-"""A run that is stopped or killed ends, after a resume, with the bits of an undisturbed one: no step twice, none missing."""
+"""A run that is stopped or killed ends, after a resume, with the bits of an undisturbed one."""
 
 import json
 import os
