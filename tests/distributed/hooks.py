@@ -1,17 +1,24 @@
-"""What tests run inside the ranks of a run, around the command itself."""
+"""What tests run inside the ranks of a run, around the command itself.
+
+Megatron is imported in the ranks alone, which have it already; the tests' own process would take seconds for it.
+"""
+
+from __future__ import annotations
 
 import hashlib
 import json
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorafusion_megatron.mcore.steps import AdapterSteps
-from lorafusion_megatron.training import rack, trainer
 from lorafusion_megatron.types import Schedule
 from tests.launch import command
+
+if TYPE_CHECKING:
+    from lorafusion_megatron.mcore.steps import AdapterSteps
+    from lorafusion_megatron.training import rack, trainer
 
 GRADIENTS = {
     ("inf once", 2): float("inf"),
@@ -23,6 +30,8 @@ GRADIENTS = {
 
 def keep_schedules(words: list[str], file: str) -> int:
     """Train, and keep the schedules of all windows."""
+    from lorafusion_megatron.training import trainer
+
     kept: list[Schedule] = []
     build = trainer.build_schedule
 
@@ -39,6 +48,9 @@ def keep_schedules(words: list[str], file: str) -> int:
 
 def keep_digests(words: list[str], file: str) -> int:
     """Train, and keep what every rank held of each adapter after its last step and when its job left the model."""
+    from lorafusion_megatron.mcore.steps import AdapterSteps
+    from lorafusion_megatron.training import rack, trainer
+
     unmount, close, apply = rack.AdapterRack.unmount, trainer.Trainer._close, AdapterSteps.apply
     mine: dict[str, Any] = {}
     after_step: dict[int, list[Any]] = {}
@@ -72,6 +84,8 @@ def keep_digests(words: list[str], file: str) -> int:
 
 def keep_base(words: list[str], file: str, fusion: bool) -> int:
     """Train, with Megatron's gradient fusion asked for on every linear or not, and keep what became of the base."""
+    from lorafusion_megatron.training import rack, trainer
+
     make, close = rack.AdapterRack.__init__, trainer.Trainer._close
     loaded: dict[str, torch.Tensor] = {}
 
@@ -108,6 +122,8 @@ def _digest(values: torch.Tensor) -> list[Any]:
 
 def spoil_steps(words: list[str], job: int, kind: str) -> int:
     """Train with one job's numbers spoiled: its gradient at some steps, or its weights after its first step."""
+    from lorafusion_megatron.mcore.steps import AdapterSteps
+
     end_step, apply = AdapterSteps.end_step, AdapterSteps.apply
 
     def ending(self: AdapterSteps, step: int) -> None:
