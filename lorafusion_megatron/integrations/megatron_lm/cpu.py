@@ -73,6 +73,7 @@ def patches() -> list[Patch]:
         Patch(owner=dist_utils, attribute="torch", value=_view()),
         # Compiles fused kernels ahead; the C++ compiler takes a minute for what tests never call.
         Patch(owner=training, attribute="set_jit_fusion_options", value=lambda *_, **__: None),
-        # get_model moves the model to the current device, which is the CPU here: nothing to move.
+        # get_model moves the model to the current device, and a tied output layer its weight: that is the CPU here.
         Patch(owner=torch.nn.Module, attribute="cuda", value=lambda self, device=None: self),
+        Patch(owner=torch.Tensor, attribute="cuda", value=lambda self, *_, **__: self),
     ]

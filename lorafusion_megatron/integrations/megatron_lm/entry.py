@@ -50,17 +50,14 @@ def enable(args: Namespace) -> None:
     """
     if getattr(args, "lorafusion_config", None) is None:
         return
-    with one_line_errors():
-        from .release import check_release
-
-        check_release()
-        if _installed() is None:
+    if _installed() is None:
+        with one_line_errors():
             _start(args)
 
 
 def disable() -> None:
     """Put Megatron back as it was; nothing where no run is enabled."""
-    if "megatron.training.training" in sys.modules and (session := _installed()) is not None:
+    if (session := _installed()) is not None:
         session.close()
 
 
@@ -89,15 +86,15 @@ def one_line_errors() -> Iterator[None]:
 
 def _installed() -> "Session | None":
     """The enabled run: Megatron's training step is its method then."""
-    from megatron.training import training
-
-    from .session import Session
-
-    owner = getattr(training.train_step, "__self__", None)
-    return owner if isinstance(owner, Session) else None
+    step = getattr(sys.modules.get("megatron.training.training"), "train_step", None)
+    owner = getattr(step, "__self__", None)
+    return owner if type(owner).__module__ == f"{__package__}.session" else None
 
 
 def _start(args: Namespace) -> None:
+    from .release import check_release
+
+    check_release()
     from ...config import load_run
     from ...training.setup import prepare
     from .layout import run_with_layout

@@ -14,6 +14,10 @@ class Patch:
     value: Any
 
 
+INHERITED = object()
+"""Before a patch the owner had no attribute of its own: it is deleted again."""
+
+
 class Patches:
     """Replaced attributes, and what was there before."""
 
@@ -23,7 +27,7 @@ class Patches:
     def install(self, patches: Sequence[Patch]) -> None:
         """Put stand-ins in place."""
         for patch in patches:
-            before = getattr(patch.owner, patch.attribute)
+            before = vars(patch.owner).get(patch.attribute, INHERITED)
             self._saved.append(Patch(owner=patch.owner, attribute=patch.attribute, value=before))
             setattr(patch.owner, patch.attribute, patch.value)
 
@@ -31,7 +35,10 @@ class Patches:
         """Put everything back, last replaced first."""
         while self._saved:
             patch = self._saved.pop()
-            setattr(patch.owner, patch.attribute, patch.value)
+            if patch.value is INHERITED:
+                delattr(patch.owner, patch.attribute)
+            else:
+                setattr(patch.owner, patch.attribute, patch.value)
 
 
 def local_layers() -> list[Patch]:

@@ -1,0 +1,137 @@
+"""Pretraining scripts through Megatron's own `pretrain(...)`: the same adapters as training each job alone in PEFT."""
+
+import difflib
+import json
+import re
+
+import pytest
+
+from tests import launch, tiny
+from tests.distributed.megatron_lm import (
+    PROVIDER_SCRIPT,
+    ROOT,
+    SCRIPT,
+    enabling_and_disabling,
+    model_words,
+    pretrain,
+)
+from tests.oracle.case import TOLERANCE, OracleCase, make_case
+
+TOPOLOGIES = {
+    "one process": (1, ""),
+    "PP2": (2, "--pipeline-model-parallel-size 2"),
+    "TP2 SP": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "DP2 full recompute": (2, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
+    "PP2 interleaved": (2, "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"),
+}
+JOBS = ("job0", "job1", "job2")
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory) -> OracleCase:
+    """Three jobs on a Llama of four layers, trained alone by Transformers + PEFT."""
+    return make_case(tmp_path_factory.mktemp("case"), arch="llama")
+
+
+@pytest.fixture(scope="module")
+def tied_case(tmp_path_factory) -> OracleCase:
+    """Three jobs on a Qwen3 with a tied output layer."""
+    return make_case(tmp_path_factory.mktemp("tied"), arch="qwen3", tied=True, seed=7)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_the_script_trains_the_adapters_that_peft_trains(case, tmp_path, measured, topology):
+    world, words = TOPOLOGIES[topology]
+    finished = pretrain(SCRIPT, case.run_file, tmp_path / "out", *words.split(), world=world).check()
+    assert measured(case.error(tmp_path / "out")) <= TOLERANCE
+    # Megatron's own log line, on the last rank, with the last loss of every job.
+    line = re.search(r"iteration +1/ +1 \|.*", finished.outputs[-1])
+    assert line is not None, finished.outputs[-1][-2000:]
+    for name in JOBS:
+        last = tiny.losses(tmp_path / "out", name)[-1]
+        assert f"job/{name}/loss: {last:.6E} |" in line.group(0)
+    microbatches = int(re.search(r"global batch size: +(\d+) \|", line.group(0)).group(1))
+    assert microbatches == _microbatches(tmp_path / "out")
+
+
+def test_a_script_with_a_model_provider_and_a_tied_output_layer_over_two_stages(tied_case, tmp_path, measured):
+    pretrain(
+        PROVIDER_SCRIPT, tied_case.run_file, tmp_path / "out", "--pipeline-model-parallel-size", "2", world=2
+    ).check()
+    assert measured(tied_case.error(tmp_path / "out")) <= TOLERANCE
+
+
+def test_save_and_load_go_on_to_the_same_last_bit(case, tmp_path):
+    windows = ("runtime.max_window_microbatches=4",)
+    save = ("--save", str(tmp_path / "saved"), "--save-interval", "1")
+    pretrain(SCRIPT, case.run_file, tmp_path / "whole", overrides=windows).check()
+    left = pretrain(SCRIPT, case.run_file, tmp_path / "first", *save, "--exit-interval", "1", overrides=windows).check()
+    assert "exiting program at iteration 1" in left.outputs[0]
+    assert (tmp_path / "saved" / "latest_checkpointed_iteration.txt").read_text() == "1"
+    assert json.loads((tmp_path / "first" / "status.json").read_text())["state"] == "stopped"
+    assert not (tmp_path / "first" / "job2").exists()
+    load = ("--load", str(tmp_path / "saved"), *save)
+    second = pretrain(SCRIPT, case.run_file, tmp_path / "second", *load, overrides=windows).check()
+    assert f"resuming from {tmp_path / 'saved' / 'iter_0000001'}" in second.outputs[0]
+    iterations = re.findall(r"iteration +(\d+)/ +(\d+) \|", second.outputs[0])
+    assert iterations[0][0] == "2"
+    assert iterations[-1][0] == iterations[-1][1]
+    assert (tmp_path / "saved" / "latest_checkpointed_iteration.txt").read_text() == iterations[-1][0]
+    for name in JOBS:
+        assert tiny.same_bits(tiny.adapter(tmp_path / "second", name), tiny.adapter(tmp_path / "whole", name))
+        assert tiny.losses(tmp_path / "second", name) == tiny.losses(tmp_path / "whole", name)
+
+
+def test_in_bfloat16_the_script_is_as_near_to_fp32_as_the_command_is(tmp_path, measured):
+    folder = tmp_path / "run"
+    tiny.write_base(folder / "base")
+    jobs = [tiny.job(folder, "a", seed=1), tiny.job(folder, "b", r=8, batch=2, steps=6, seed=2)]
+    run_file, sixteen = tiny.write_run(folder, jobs), "base_model.dtype=bfloat16"
+    launch.train(run_file, f"checkpoint.save={tmp_path / 'exact'}")
+    launch.train(run_file, f"checkpoint.save={tmp_path / 'command'}", sixteen)
+    pretrain(SCRIPT, run_file, tmp_path / "script", "--bf16", overrides=(sixteen,)).check()
+    for name in ("a", "b"):
+        exact, start = tiny.adapter(tmp_path / "exact", name), tiny.read(folder / "init" / name)
+        ours, theirs = (
+            tiny.update_error(tiny.adapter(tmp_path / out, name), exact, start) for out in ("script", "command")
+        )
+        assert measured(ours) < 1.5 * theirs
+        losses = zip(tiny.losses(tmp_path / "script", name), tiny.losses(tmp_path / "exact", name), strict=True)
+        assert max(abs(a - b) for a, b in losses) < 0.02
+
+
+def test_what_an_option_forbids_ends_with_one_line_and_writes_nothing(case, tmp_path):
+    finished = pretrain(SCRIPT, case.run_file, tmp_path / "out", "--fp8-format", "hybrid")
+    assert finished.statuses == (2,)
+    error = [line for line in finished.outputs[0].splitlines() if line.startswith("lorafusion-megatron: error: ")]
+    assert error == [
+        "lorafusion-megatron: error: --fp8-format: got hybrid; the adapters' products have no fp8 form; use --bf16"
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+def test_megatron_stays_as_it_is_without_a_run_file_and_is_put_back_after_one(case, tmp_path):
+    words = model_words(case.run_file)
+    run_words = ["--lorafusion-config", str(case.run_file)]
+    ranks = launch.Ranks(enabling_and_disabling, (words, run_words), world=1, folder=tmp_path)
+    ranks.wait(120.0).check()
+
+
+def test_the_script_is_the_ordinary_one_and_three_added_lines():
+    ordinary = (ROOT / "scripts" / "examples" / "pretrain_gpt.py").read_text().split('"""', 2)[2].splitlines()
+    ours = SCRIPT.read_text().split('"""', 2)[2].splitlines()
+    changes = [line for line in difflib.ndiff(ordinary, ours) if line[0] in "+-" and line[2:].strip()]
+    assert changes == [
+        "+ from lorafusion_megatron.integrations import megatron_lm as lorafusion",
+        "+     lorafusion.add_arguments(parser)",
+        "+     lorafusion.enable(args)",
+    ]
+
+
+def _microbatches(out) -> int:
+    """Microbatches of all windows of a run, over all replicas, from its timeline and its replicas."""
+    events = json.loads((out / "trace.json").read_text())["traceEvents"]
+    first = [event for event in events if event.get("cat") == "forward" and event["pid"] == 0]
+    positions = sum(event["args"]["chunk"] == 0 for event in first)
+    replicas = json.loads((out / "state" / "00000001" / "manifest.json").read_text())["shape"]["replicas"]
+    return positions * replicas
