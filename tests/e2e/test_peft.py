@@ -35,9 +35,7 @@ def _load_and_measure(base: str, folder: str, rows: str, out: str) -> None:
 
 @pytest.mark.parametrize(("world", "words"), [(1, []), (4, TP2_PP2)], ids=["one process", "PP2 TP2"])
 @pytest.mark.parametrize("use_rslora", [False, True], ids=["plain", "rslora"])
-def test_peft_loads_an_adapter_whole_and_its_loss_is_the_one_of_the_next_step(
-    tmp_path, measured, world, words, use_rslora
-):
+def test_peft_loads_an_adapter_whole_and_finds_the_loss_of_the_next_step(tmp_path, measured, world, words, use_rslora):
     """Rows 13 and 14: the run's loss at step 4 is that of the adapter it kept after step 3."""
     tiny.write_base(tmp_path / "base")
     job = tiny.job(tmp_path, "only", r=16, alpha=32.0, use_rslora=use_rslora, rows=3, batch=3, steps=4)
