@@ -77,7 +77,7 @@ step=$!
 # SLURM sends USR1 to this script alone, ahead of the time limit; srun passes it on to all tasks, which save and end.
 # TERM (preemption, scancel, the time limit itself) reaches every task from SLURM.
 stopping=
-trap 'stopping=1 again=1; kill -USR1 "$step" 2>/dev/null || true' USR1
+trap 'stopping=1 again=1; echo "the time limit is near: saving"; kill -USR1 "$step" 2>/dev/null || true' USR1
 trap '' TERM
 again=1
 while [ -n "$again" ]; do  # a trapped signal ends wait early

@@ -23,8 +23,8 @@ SlurmctldPort={controller_port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# Short-lived credentials: a requeued job may start again once those of its last attempt have expired.
-AuthInfo=socket={folder}/munge.sock,cred_expire=2
+# Credentials of 5 s, the shortest that are allowed: a requeued job starts again once those of its last attempt expire.
+AuthInfo=socket={folder}/munge.sock,cred_expire=5
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool.%n
