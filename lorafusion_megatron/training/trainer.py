@@ -7,9 +7,9 @@ from typing import Any
 
 from ..config.build import Builder
 from ..config.job import JobConfig
+from ..config.run import RunConfig
 from ..data.collate import collate
 from ..data.dataset import JobDataset
-from ..errors import UserError
 from ..mcore.batch import HostBatch, host_batch
 from ..mcore.parallel import Groups
 from ..mcore.stop import StopVote
@@ -19,16 +19,16 @@ from ..scheduler.trim import trim_schedule
 from ..types import Microbatch, Schedule, StepReport
 from .checkpoints import CheckpointWriter
 from .evaluate import mean_losses, plan_evaluation
-from .inputs import job_batches, load_eval_dataset, load_job_dataset
 from .jobs import Job
-from .lifecycle import Inbox, check_new_job
+from .lifecycle import Inbox
 from .loggers import Loggers
 from .output import MetricsLog, write_json
 from .prefetch import prefetch
 from .progress import Progress
 from .rack import AdapterRack, InjectedModel, build_model
 from .report import RunReport
-from .resume import Resumed, find_resume
+from .resume import find_resume
+from .roster import Roster
 from .saver import PlanPosition, SaveItem, Saver, plan_saves
 from .setup import Prepared
 from .signals import Stop
@@ -58,18 +58,16 @@ class Trainer:
         resume_from: Path | None = None,
     ) -> None:
         self.prepared, self.groups, self.progress, self.stop = prepared, groups, progress, stop
-        self.run = prepared.run
-        self.folder = Path(self.run.checkpoint.save)
-        self.jobs: dict[int, Job] = {}
+        self.folder = Path(prepared.run.checkpoint.save)
         self.rack = AdapterRack(prepared, groups, model or build_model(prepared, groups))
         self.runner = StreamRunner(
             self.rack.chunks, self.rack.steps, on_applied=self._on_applied, on_report=self._on_report
         )
         self.stopped = False
         """Whether the ranks agreed to stop; the state is saved then."""
-        resumed = find_resume(self.run, groups, self._shape(), progress.note, source=resume_from)
+        resumed = find_resume(prepared.run, groups, self._shape(), progress.note, source=resume_from)
         self.window, self._left = resumed.window, resumed.schedule
-        self._mount_all(resumed)
+        self.roster = Roster(prepared, self.rack, resumed)
         self.report = RunReport(self.folder, groups, progress, self.jobs)
         self.metrics = MetricsLog(self.folder, resumed.applied_by_name()) if groups.is_first else None
         self.loggers = Loggers(self.run, resumed=resumed.path is not None) if groups.is_first else None
@@ -77,7 +75,7 @@ class Trainer:
         self.writer = CheckpointWriter(
             self.folder,
             self.jobs,
-            self._adapter_spec,
+            self.roster.adapter_spec,
             prepared.spec,
             self.run.base_model.path,
             keep=self.run.checkpoint.keep,
@@ -88,6 +86,16 @@ class Trainer:
         self.writer.last_state = str(resumed.path) if resumed.path else None
         self.saver = Saver(groups, write_adapter=self.writer.adapter, write_state=self.writer.state)
         self._report_status("running")
+
+    @property
+    def run(self) -> RunConfig:
+        """The run with every job so far."""
+        return self.roster.run
+
+    @property
+    def jobs(self) -> dict[int, Job]:
+        """Index -> job."""
+        return self.roster.jobs
 
     def train(self) -> bool:
         """Train until every job has ended or a signal asks to stop.
@@ -147,7 +155,7 @@ class Trainer:
         self.saver.expect(items)
         for index in self.rack.steps:
             self._offer(index)
-        self.progress.window(rest, self._names())
+        self.progress.window(rest, self.roster.names)
         vote = StopVote(
             self.groups, self.stop.wished, lead=2 * pipeline * chunks, interval=max(8, 2 * pipeline * chunks)
         )
@@ -175,7 +183,7 @@ class Trainer:
             if job.slot is not None:
                 self._settle(job)
         statuses = {job.name: job.status for job in self.jobs.values()}
-        events = self.inbox.decide(self.window, statuses, self._check_new) if self.groups.is_first else None
+        events = self.inbox.decide(self.window, statuses, self.roster.check_new) if self.groups.is_first else None
         for event in self.groups.broadcast(events):
             self._obey(event)
         self._release()
@@ -199,7 +207,8 @@ class Trainer:
     def _obey(self, event: dict[str, Any]) -> None:
         """Carry out one decision of rank 0, on every rank."""
         if event["op"] == "add":
-            self._add(Builder(self.folder / "inbox").section(JobConfig, event["job"], event["name"]))
+            job = self.roster.add(Builder(self.folder / "inbox").section(JobConfig, event["job"], event["name"]))
+            self.progress.note(f"{job.name} joins: {job.num_steps} steps")
             return
         job = next(job for job in self.jobs.values() if job.name == event["name"])
         job.status = {"pause": "paused", "resume": "running", "cancel": "cancelled"}[event["op"]]
@@ -257,7 +266,7 @@ class Trainer:
         return float(job.dataset.lengths.mean()) * job.config.train.global_batch_size
 
     def _options(self) -> PlanOptions:
-        runtime, topology = self.run.runtime, self.prepared.topology
+        runtime, topology = self.prepared.run.runtime, self.prepared.topology
         return PlanOptions(
             token_capacity=runtime.token_capacity,
             padding_multiple=self.prepared.padding_multiple,
@@ -359,51 +368,6 @@ class Trainer:
 
     # ------------------------------------------------------------------ jobs and state
 
-    def _mount_all(self, resumed: Resumed) -> None:
-        """Make every job of the run file and of the checkpoint, in the order in which they came."""
-        self.run = resumed.run
-        for index, config in enumerate(self.run.jobs):
-            record = resumed.record(index)
-            dataset = self.prepared.datasets.get(config.name)
-            job = Job(index=index, config=config, dataset=dataset, source=None)
-            self.jobs[index] = job
-            if record is not None:
-                job.status, job.reason, job.added = record["status"], record["reason"], record["added"]
-                job.applied, job.losses = record["applied"], list(record["losses"])
-                job.evals = [(step, loss) for step, loss in record["evals"]]
-                job.num_steps = record["num_steps"]
-            if job.live or job.status == "finished":
-                self._mount(job, resumed)
-
-    def _mount(self, job: Job, resumed: Resumed | None) -> None:
-        """Load a job's data and put its adapter on the model, unless it has nothing left to train."""
-        vocabulary = self.prepared.spec.vocab_size
-        if job.dataset is None:
-            job.dataset = load_job_dataset(self.run, job.index, vocab_size=vocabulary)
-        job.source = job_batches(self.run, job.index, job.dataset)
-        job.num_steps = job.source.num_steps
-        counters = resumed.counters(job.index) if resumed else None
-        if counters is None and job.status == "finished":
-            _check_not_longer(job)
-            job.dataset = job.source = None
-            return
-        if job.status == "finished" and job.applied < job.num_steps and not job.reason:
-            job.status = "running"  # the run file gives it more steps than it had
-        job.eval_dataset = load_eval_dataset(self.run, job.index, vocab_size=vocabulary)
-        self.rack.mount(job, self._adapter_spec(job.index), resumed.path if resumed else None, counters)
-
-    def _add(self, config: JobConfig) -> None:
-        """A job that came while the run goes on."""
-        index = len(self.jobs)
-        self.run = replace(self.run, jobs=(*self.run.jobs, config))
-        job = Job(index=index, config=config, dataset=None, source=None, added=True)
-        self.jobs[index] = job
-        self._mount(job, None)
-        self.progress.note(f"{job.name} joins: {job.num_steps} steps")
-
-    def _check_new(self, config: JobConfig) -> None:
-        check_new_job(replace(self.run, jobs=(*self.run.jobs, config)), self.prepared)
-
     def _save_state(self, schedule: Schedule | None) -> None:
         """Queue a checkpoint of everything as it is now: inside ``schedule``, or between windows."""
         where = self._position(schedule)
@@ -438,12 +402,6 @@ class Trainer:
             "schedule": options.schedule,
         }
 
-    def _adapter_spec(self, index: int) -> Any:
-        return self.run.adapter_spec(index)
-
-    def _names(self) -> list[str]:
-        return [job.name for job in self.jobs.values()]
-
     def _all_applied(self) -> dict[int, int]:
         return {index: job.applied for index, job in self.jobs.items()}
 
@@ -456,14 +414,3 @@ class Trainer:
         if self.metrics and self.loggers:
             self.metrics.close()
             self.loggers.close()
-
-
-def _check_not_longer(job: Job) -> None:
-    """A job that ended has left the model; its moments are not kept."""
-    if job.num_steps > job.applied and not job.reason:
-        raise UserError(
-            f"{job.num_steps} steps for {job.name}, which ended after {job.applied}",
-            rule="the optimizer's state of a job that ended is not kept",
-            remedy="give the longer training a new name and peft.init_from: the adapter's folder",
-            key=f"jobs[{job.index}].train",
-        )

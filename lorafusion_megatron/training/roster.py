@@ -1,0 +1,92 @@
+"""The jobs of a run and how each gets its data and its place on the model."""
+
+from dataclasses import replace
+
+from ..config.job import JobConfig
+from ..config.run import RunConfig
+from ..errors import UserError
+from ..types import AdapterSpec
+from .inputs import job_batches, load_eval_dataset, load_job_dataset
+from .jobs import Job
+from .lifecycle import check_new_job
+from .rack import AdapterRack
+from .resume import Resumed
+from .setup import Prepared
+
+
+class Roster:
+    """All jobs of a run; the same on every rank.
+
+    Attributes:
+        run: the run with every job so far; a job's index is its place among them.
+        jobs: index -> job.
+    """
+
+    def __init__(self, prepared: Prepared, rack: AdapterRack, resumed: Resumed) -> None:
+        self._prepared, self._rack = prepared, rack
+        self.run: RunConfig = resumed.run
+        self.jobs: dict[int, Job] = {}
+        for index, config in enumerate(self.run.jobs):
+            record = resumed.record(index)
+            job = Job(index=index, config=config, dataset=prepared.datasets.get(config.name), source=None)
+            self.jobs[index] = job
+            if record is not None:
+                job.status, job.reason, job.added = record["status"], record["reason"], record["added"]
+                job.applied, job.losses = record["applied"], list(record["losses"])
+                job.evals = [(step, loss) for step, loss in record["evals"]]
+                job.num_steps = record["num_steps"]
+            if job.live or job.status == "finished":
+                self._mount(job, resumed)
+
+    @property
+    def names(self) -> list[str]:
+        """Name of each job, by index."""
+        return [job.name for job in self.jobs.values()]
+
+    def adapter_spec(self, index: int) -> AdapterSpec:
+        """The adapter of a job."""
+        return self.run.adapter_spec(index)
+
+    def add(self, config: JobConfig) -> Job:
+        """Take a job on that came while the run goes on."""
+        index = len(self.jobs)
+        self.run = replace(self.run, jobs=(*self.run.jobs, config))
+        job = self.jobs[index] = Job(index=index, config=config, dataset=None, source=None, added=True)
+        self._mount(job, None)
+        return job
+
+    def check_new(self, config: JobConfig) -> None:
+        """Raise where a job that wants to join can't be trained (rank 0).
+
+        Raises:
+            UserError: what is wrong with it.
+        """
+        check_new_job(replace(self.run, jobs=(*self.run.jobs, config)), self._prepared)
+
+    def _mount(self, job: Job, resumed: Resumed | None) -> None:
+        """Load a job's data and put its adapter on the model, unless it has nothing left to train."""
+        vocabulary = self._prepared.spec.vocab_size
+        if job.dataset is None:
+            job.dataset = load_job_dataset(self.run, job.index, vocab_size=vocabulary)
+        job.source = job_batches(self.run, job.index, job.dataset)
+        job.num_steps = job.source.num_steps
+        counters = resumed.counters(job.index) if resumed else None
+        if counters is None and job.status == "finished":
+            _check_not_longer(job)
+            job.dataset = job.source = None
+            return
+        if job.status == "finished" and job.applied < job.num_steps and not job.reason:
+            job.status = "running"  # the run file gives it more steps than it had
+        job.eval_dataset = load_eval_dataset(self.run, job.index, vocab_size=vocabulary)
+        self._rack.mount(job, self.adapter_spec(job.index), resumed.path if resumed else None, counters)
+
+
+def _check_not_longer(job: Job) -> None:
+    """A job that ended has left the model; its moments are not kept."""
+    if job.num_steps > job.applied and not job.reason:
+        raise UserError(
+            f"{job.num_steps} steps for {job.name}, which ended after {job.applied}",
+            rule="the optimizer's state of a job that ended is not kept",
+            remedy="give the longer training a new name and peft.init_from: the adapter's folder",
+            key=f"jobs[{job.index}].train",
+        )
