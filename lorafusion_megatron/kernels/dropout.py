@@ -3,7 +3,7 @@
 A token's row has a 64-bit key hashed from (job seed, optimizer step, sample, token position). A word of 32 bits is
 
     x = key0 + module_key + (feature // 2) * GOLDEN            (mod 2^32)
-    x = (x ^ x >> 16) * M1 ^ key1;  x = (x ^ x >> 15) * M2;  x = x ^ x >> 16
+    x = (x ^ x >> 16) * M1 ^ key1 ^ module_key * M3;  x = (x ^ x >> 15) * M2;  x = x ^ x >> 16
 
 and serves two features, the even one with bits 0 to 14, the odd one with bits 16 to 30: a feature is kept if its
 15 bits are >= round(p * 32768).
@@ -19,7 +19,7 @@ import torch
 
 MASK32 = 0xFFFFFFFF
 GOLDEN = 0x9E3779B9
-M1, M2 = 0x7FEB352D, 0x846CA68B
+M1, M2, M3 = 0x7FEB352D, 0x846CA68B, 0xC2B2AE35
 LEVELS = 1 << 15
 """Resolution of drop probabilities."""
 
@@ -83,6 +83,6 @@ def keep_mask(
     words = -(-num_features // 2)
     index = torch.arange(words, device=keys.device, dtype=torch.int64) + feature_offset // 2
     start = (wide[:, :1] + module_key + index * GOLDEN) & MASK32
-    word = _mix(start, wide[:, 1:])
+    word = _mix(start, wide[:, 1:] ^ (module_key * M3 & MASK32))
     halves = torch.stack((word & (LEVELS - 1), (word >> 16) & (LEVELS - 1)), dim=-1).reshape(keys.shape[0], 2 * words)
     return halves[:, :num_features] >= threshold(p)

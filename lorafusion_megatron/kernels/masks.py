@@ -7,6 +7,7 @@ import triton.language as tl
 _GOLDEN = tl.constexpr(0x9E3779B9)
 _M1 = tl.constexpr(0x7FEB352D)
 _M2 = tl.constexpr(0x846CA68B)
+_M3 = tl.constexpr(0xC2B2AE35)
 _PACKED = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
 """Whether NVIDIA's instructions are to be had: not on AMD and not in the interpreter."""
 
@@ -33,8 +34,9 @@ def keep_signs(key0, key1, thresholds, module_key, first_feature, ROWS: tl.const
     Note: two multiplications and nine other integer operations for two elements.
     """
     index = (first_feature // 2 + tl.arange(0, COLS // 2)).to(tl.uint32)
-    word = key0[:, None] + (index * _GOLDEN + module_key.to(tl.uint32, bitcast=True))[None, :]
-    word = ((word ^ (word >> 16)) * _M1) ^ key1[:, None]
+    module = module_key.to(tl.uint32, bitcast=True)
+    word = key0[:, None] + (index * _GOLDEN + module)[None, :]
+    word = ((word ^ (word >> 16)) * _M1) ^ (key1 ^ (module * _M3))[:, None]
     word = (word ^ (word >> 15)) * _M2
     word = (word ^ (word >> 16)) & 0x7FFF7FFF
     word += ((0x8000 - thresholds) * 0x10001)[:, None]

@@ -30,6 +30,7 @@ STAGES = 3
 _GOLDEN = gl.constexpr(0x9E3779B9)
 _M1 = gl.constexpr(0x7FEB352D)
 _M2 = gl.constexpr(0x846CA68B)
+_M3 = gl.constexpr(0xC2B2AE35)
 _FACTOR_A, _FACTOR_B = gl.constexpr(FACTOR_A.value), gl.constexpr(FACTOR_B.value)
 _FIELDS, _COLUMNS, _THRESHOLD = gl.constexpr(FIELDS.value), gl.constexpr(COLUMNS.value), gl.constexpr(THRESHOLD.value)
 
@@ -83,9 +84,9 @@ def _dropped(acc, key_ptr, threshold, module_key, first_feature, row, tokens, MM
     key0 = gl.load(keys, mask=rows < tokens, other=0).to(gl.uint32, bitcast=True)
     key1 = gl.load(keys + 1, mask=rows < tokens, other=0).to(gl.uint32, bitcast=True)
     index = (first_feature // 2 + gl.arange(0, BN // 2, gl.SliceLayout(0, words))).to(gl.uint32)
-    start = index * _GOLDEN + module_key.to(gl.uint32, bitcast=True)
-    word = gl.expand_dims(key0, 1) + gl.expand_dims(start, 0)
-    word = ((word ^ (word >> 16)) * _M1) ^ gl.expand_dims(key1, 1)
+    module = module_key.to(gl.uint32, bitcast=True)
+    word = gl.expand_dims(key0, 1) + gl.expand_dims(index * _GOLDEN + module, 0)
+    word = ((word ^ (word >> 16)) * _M1) ^ gl.expand_dims(key1 ^ (module * _M3), 1)
     word = (word ^ (word >> 15)) * _M2
     word = ((word ^ (word >> 16)) & 0x7FFF7FFF) + (0x8000 - threshold) * 0x10001
     signs = gl.join(word << 16, word).to(gl.int32, bitcast=True).reshape([64, BN])

@@ -13,8 +13,9 @@ if not torch.cuda.is_available():
 # The cases are shared with the tests under the interpreter.
 sys.path.append(str(Path(__file__).parents[1] / "unit" / "kernels"))
 
-from kernel_cases import as_dtype, random_case, run, worst_ratio
+from kernel_cases import as_dtype, masks_drawn, random_case, random_keys, run, worst_ratio
 
+from lorafusion_megatron.kernels import dropout
 from lorafusion_megatron.lora.triton_backend import TritonBackend
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -100,3 +101,23 @@ def test_no_host_synchronisation():
         backend.backward(case.dy, case.x, case.weight, s, case.adapters, case.routing, needs_dx=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("strategy", ["hopper", "fused", "expand"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masks_are_the_contract_bit_for_bit(dtype, strategy):
+    keys = random_keys(64, 5, "cuda")
+    want = dropout.keep_mask(keys, 0xDEADBEEF, 128, 0.3, feature_offset=384)
+    backend = TritonBackend(strategy=strategy)
+    drawn = masks_drawn(backend, keys, module_key=0xDEADBEEF, p=0.3, feature_offset=384, dtype=dtype)
+    assert all(torch.equal(got, want) for got in drawn)
+
+
+def test_side_stream_changes_nothing():
+    case = random_case(9, tokens=4000, size=(1024, 2048), slots=3, dtype=torch.bfloat16, device="cuda")
+    one, two = (
+        run(TritonBackend(strategy="hopper", concurrent=c), as_dtype(case, torch.bfloat16)) for c in (True, False)
+    )
+    assert torch.equal(one.y, two.y)
+    assert torch.equal(one.dx, two.dx)
+    assert all(torch.equal(a, b) for a, b in zip(one.grads, two.grads, strict=True))

@@ -195,3 +195,41 @@ def worst_ratio(backend, case: Case) -> float:
             continue
         ratios.append(relative(mine, want) / max(floor, relative(theirs, want)))
     return max(ratios)
+
+
+def masks_drawn(backend, keys: torch.Tensor, *, module_key: int, p: float, feature_offset: int, dtype: torch.dtype):
+    """The masks that a backend draws in its three passes, read off with unit factors: bool ``[64, 128]`` each.
+
+    With A, B and dY units and X ones, S is the forward's mask, dA that of the pass for A's gradient and, with a zero
+    weight and dY ones, dX that of the backward's product.
+    """
+    device, size = keys.device, 128
+    eye = torch.eye(size, device=device, dtype=dtype)
+    adapter = LinearAdapter(
+        a=eye.clone(),
+        b=eye.clone(),
+        grad_a=torch.zeros(size, size, device=device),
+        grad_b=torch.zeros(size, size, device=device),
+        scaling=1.0,
+        dropout=p,
+        projections=(ALL_ROWS,),
+        rank=size,
+    )
+    adapters = LinearAdapters(
+        name="masks",
+        module_key=module_key,
+        in_features=size,
+        out_features=size,
+        feature_offset=feature_offset,
+        by_slot={0: adapter},
+    )
+    rows = keys.shape[0]
+    routing = build_routing(
+        [RoutedSegment(slot=0, start=0, stop=rows)], num_tokens=rows, tile=backend.tile, row_keys=keys
+    )
+    x = torch.ones(rows, size, device=device, dtype=dtype)
+    _, s = backend.forward(x, eye, None, adapters, routing)
+    backend.backward(eye[:rows].contiguous(), x, eye, s, adapters, routing, needs_dx=True)
+    from_grad = adapter.grad_a[:rows] != 0
+    dx = backend.backward(x, x, torch.zeros_like(eye), s, adapters, routing, needs_dx=True)
+    return s[:, :size] != 0, from_grad, dx != 0
