@@ -108,13 +108,6 @@ REFUSALS = (
         rule="adapters are recomputed with whole layers, or not at all",
         remedy="use core_attn alone, or --recompute-granularity full",
     ),
-    Refusal(
-        option="--cross-entropy-fusion-impl",
-        attribute="cross_entropy_fusion_impl",
-        allowed=lambda value: value in (None, "native", "te"),
-        rule="the padded vocabulary is masked between the output layer and the loss",
-        remedy="use native or te",
-    ),
     Refusal(option="--sft", attribute="sft", rule="each job of the run file names its own rows"),
     Refusal(option="--perform-rl-step", attribute="perform_rl_step", rule=STREAM),
     Refusal(option="--skip-train", attribute="skip_train", rule="the jobs are trained"),
