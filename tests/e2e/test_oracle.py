@@ -14,30 +14,43 @@ from tests import launch
 from tests.oracle.case import TOLERANCE, OracleCase, make_case
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+PP2 = "model.pipeline_model_parallel_size=2"
+TP2 = "model.tensor_model_parallel_size=2"
+SP = "model.sequence_parallel=true"
+FULL = "model.recompute_granularity=full"
 TOPOLOGIES = {
-    "one process": {},
-    "PP2": {"pipeline_model_parallel_size": 2},
-    "TP2": {"tensor_model_parallel_size": 2},
-    "TP2 SP": {"tensor_model_parallel_size": 2, "sequence_parallel": "true"},
-    "DP2": {},
-    "PP2 TP2": {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 2},
+    "one process": (1, []),
+    "PP2": (2, [PP2]),
+    "TP2": (2, [TP2]),
+    "TP2 SP": (2, [TP2, SP]),
+    "DP2": (2, []),
+    "PP2 TP2": (4, [PP2, TP2]),
 }
-WORLDS = {"one process": 1, "PP2 TP2": 4}
 VARIANTS = {
-    "PP2 interleaved": (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
-    "full recompute": (1, {"recompute_granularity": "full"}),
-    "selective recompute": (1, {"recompute_granularity": "selective"}),
-    "PP2 full recompute": (2, {"pipeline_model_parallel_size": 2, "recompute_granularity": "full"}),
-    "TP2 SP full recompute": (
+    "PP2 interleaved": (2, [PP2, "model.virtual_pipeline_model_parallel_size=2"]),
+    "full recompute": (1, [FULL]),
+    "selective recompute": (1, ["model.recompute_granularity=selective"]),
+    "PP2 full recompute": (2, [PP2, FULL]),
+    "TP2 SP full recompute": (2, [TP2, SP, FULL]),
+    "PP2 TP2 SP": (4, [PP2, TP2, SP]),
+    "PP2 DP2": (4, [PP2]),
+    "TP2 DP2": (4, [TP2]),
+}
+SETTINGS = {
+    "round robin": (2, [PP2, "runtime.schedule=round_robin"]),
+    "sequential": (2, [PP2, "runtime.schedule=sequential"]),
+    "short windows": (2, [PP2, "runtime.max_window_microbatches=4"]),
+    "short windows, interleaved": (
         2,
-        {"tensor_model_parallel_size": 2, "sequence_parallel": "true", "recompute_granularity": "full"},
+        [PP2, "model.virtual_pipeline_model_parallel_size=2", "runtime.max_window_microbatches=4"],
     ),
-    "PP2 TP2 SP": (
-        4,
-        {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": "true"},
-    ),
-    "PP2 DP2": (4, {"pipeline_model_parallel_size": 2}),
-    "TP2 DP2": (4, {"tensor_model_parallel_size": 2}),
+    "PP4": (4, ["model.pipeline_model_parallel_size=4"]),
+    "DP4": (4, []),
+    "PP2 interleaved DP2": (4, [PP2, "model.virtual_pipeline_model_parallel_size=2"]),
+    "padded rows": (2, [TP2, SP, "runtime.padding_multiple=24"]),
+    "uneven stages": (2, [PP2, "model.pipeline_layout=[3,1]"]),
+    "a stage with the embedding alone": (2, [PP2, "model.pipeline_layout=[0,4]"]),
+    "a stage with the output layer alone": (2, [PP2, "model.pipeline_layout=[4,0]"]),
 }
 
 
@@ -63,9 +76,8 @@ class Cases:
         return self.made[arch, tied]
 
 
-def _error(case: OracleCase, out: Path, world: int, model: dict[str, object], *overrides: str) -> float:
-    words = [f"model.{key}={value}" for key, value in model.items()]
-    launch.train(case.run_file, f"checkpoint.save={out}", *words, *overrides, world=world)
+def _error(case: OracleCase, out: Path, world: int, words: list[str]) -> float:
+    launch.train(case.run_file, f"checkpoint.save={out}", *words, world=world)
     return case.error(out)
 
 
@@ -75,33 +87,20 @@ def _error(case: OracleCase, out: Path, world: int, model: dict[str, object], *o
 def test_adapters_and_losses_equal_those_of_training_each_job_alone_in_peft(
     cases, tmp_path, measured, arch, tied, topology
 ):
-    error = _error(cases.get(arch, tied), tmp_path / "out", WORLDS.get(topology, 2), TOPOLOGIES[topology])
+    error = _error(cases.get(arch, tied), tmp_path / "out", *TOPOLOGIES[topology])
     assert measured(error) <= TOLERANCE
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_interleaving_recompute_and_combined_topologies_equal_peft(cases, tmp_path, measured, arch, variant):
-    world, model = VARIANTS[variant]
-    error = _error(cases.get(arch, tied=False), tmp_path / "out", world, model)
+    error = _error(cases.get(arch, tied=False), tmp_path / "out", *VARIANTS[variant])
     assert measured(error) <= TOLERANCE
 
 
-@pytest.mark.parametrize("schedule", ["round_robin", "sequential"])
-def test_the_baseline_schedules_train_the_same_adapters(cases, tmp_path, measured, schedule):
-    error = _error(
-        cases.get("llama", tied=False),
-        tmp_path / "out",
-        2,
-        {"pipeline_model_parallel_size": 2},
-        f"runtime.schedule={schedule}",
-    )
-    assert measured(error) <= TOLERANCE
-
-
-def test_many_short_windows_train_the_same_adapters(cases, tmp_path, measured):
-    case = cases.get("llama", tied=False)
-    error = _error(case, tmp_path / "out", 2, {"pipeline_model_parallel_size": 2}, "runtime.max_window_microbatches=4")
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_orders_windows_padding_and_layouts_equal_peft(cases, tmp_path, measured, setting):
+    error = _error(cases.get("llama", tied=False), tmp_path / "out", *SETTINGS[setting])
     assert measured(error) <= TOLERANCE
 
 
