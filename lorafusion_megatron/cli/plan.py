@@ -97,13 +97,13 @@ def _load(args: argparse.Namespace) -> _Work:
     """Read the run file, the model's dimensions and the lengths."""
     from lorafusion_megatron.config import load_run
     from lorafusion_megatron.models.config import read_model_spec
-    from lorafusion_megatron.scheduler.cost import CostModel, default_cost_model, split_loads
-    from lorafusion_megatron.scheduler.options import PlanOptions
+    from lorafusion_megatron.scheduler.cost import CostModel
     from lorafusion_megatron.training.inputs import job_batches, load_inputs
     from lorafusion_megatron.training.memory import describe, predict_run_memory
+    from lorafusion_megatron.training.planning import choose_layers, cost_model, plan_options
 
     run_config = load_run(args.run_file, args.overrides)
-    runtime, model = run_config.runtime, run_config.model
+    runtime = run_config.runtime
     padding = runtime.padding_multiple or (
         1 if runtime.device == "cpu" or runtime.lora_backend == "torch" else TRITON_TILE
     )
@@ -120,40 +120,12 @@ def _load(args: argparse.Namespace) -> _Work:
             for job, rows in zip(run_config.jobs, datasets.values(), strict=True)
             if job.train.global_batch_size > len(rows)
         )
-    cost = (
-        CostModel.load(args.cost_model)
-        if args.cost_model
-        else default_cost_model(spec, tensor_parallel=model.tensor_model_parallel_size)
-    )
-    layers, advice = _layers(run_config, spec, cost, datasets)
-    options = PlanOptions(
-        token_capacity=runtime.token_capacity,
-        padding_multiple=padding,
-        stages=model.pipeline_model_parallel_size,
-        virtual_stages=model.virtual_pipeline_model_parallel_size or 1,
-        replicas=args.replicas,
-        cost=cost,
-        loads=split_loads(layers),
-    )
+    cost = CostModel.load(args.cost_model) if args.cost_model else cost_model(run_config, spec)
+    layers, advice = choose_layers(run_config, spec, cost, datasets)
+    options = plan_options(run_config, layers=layers, replicas=args.replicas, padding_multiple=padding, cost=cost)
     sources = {index: job_batches(run_config, index, rows) for index, rows in datasets.items()}
     memory = describe(predict_run_memory(run_config, spec, layers)).splitlines()
     return _Work(run_config, spec, sources, options, (*notes, *advice, *(f"memory, {line}" for line in memory)))
-
-
-def _layers(run_config: "RunConfig", spec: "ModelSpec", cost: Any, datasets: Mapping[int, Any]) -> tuple[Any, Any]:
-    """Layers per chunk, and advice where a given layout could be better."""
-    from lorafusion_megatron.scheduler.cost import Load
-    from lorafusion_megatron.scheduler.split import best_layers, split_advice
-
-    model, capacity = run_config.model, run_config.runtime.token_capacity
-    tokens = sum(int(rows.lengths.sum()) for rows in datasets.values())
-    squares = sum(int((rows.lengths.astype(np.float64) ** 2).sum()) for rows in datasets.values())
-    load = Load(tokens=capacity, squares=capacity * squares // max(1, tokens))
-    stages = model.pipeline_model_parallel_size
-    if model.pipeline_layout == "auto":
-        return best_layers(cost, spec.num_layers, stages, model.chunks // stages, load), ()
-    advice = split_advice(cost, model.pipeline_layout, stages, load)
-    return model.pipeline_layout, (f"model.pipeline_layout: {advice}",) if advice else ()
 
 
 @dataclass(frozen=True)

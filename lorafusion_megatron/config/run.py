@@ -108,6 +108,8 @@ class RuntimeConfig:
     """auto: the Triton kernels on cuda, else PyTorch."""
     seed: int = 1234
     """Seed that the jobs' seeds derive from."""
+    cost_model: Path | None = None
+    """Measured rates that `plan --calibrate` wrote, to balance by; null: an estimate for an H100."""
     max_window_microbatches: int = 512
     """Microbatches planned at once; jobs come and go at the borders of such windows."""
     distributed_timeout_minutes: float = 10.0

@@ -4,8 +4,9 @@ import os
 import signal
 import time
 from collections.abc import Sequence
-from multiprocessing import get_context
+from multiprocessing import current_process, get_context
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from types import TracebackType
 
 from lorafusion_megatron.errors import UserError
@@ -23,16 +24,14 @@ class WindowPlanner:
     between, or the process has died, `take` plans on the spot: the schedule is the same either way, since planning is
     deterministic.
 
-    Note: the process is started by ``spawn`` (a fork would copy a CUDA context), takes no part in Ctrl-C, runs at lower
-    priority, and ends by itself when its parent is gone, however that ended.
+    Note: the process is started when there is first something to prepare, by ``spawn`` (a fork would copy a CUDA
+    context); it takes no part in Ctrl-C, runs at lower priority, and ends by itself when its parent is gone, however
+    that ended. A daemonic process may have no child: there every window is planned when it is taken.
     """
 
     def __init__(self) -> None:
-        context = get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,), name="window-planner", daemon=True)
-        self._process.start()
-        theirs.close()
+        self._process: BaseProcess | None = None
+        self._connection: Connection | None = None
         self._prepared: tuple[Batches, PlanOptions] | None = None
         self.waited_seconds = 0.0
         """How long the last `take` held its caller up."""
@@ -48,6 +47,10 @@ class WindowPlanner:
     def prepare(self, batches: Batches, options: PlanOptions) -> None:
         """Begin to plan a window; a plan that was prepared before and not taken is dropped."""
         self._drop()
+        if self._process is None and not current_process().daemon:
+            self._start()
+        if self._connection is None:
+            return
         try:
             self._connection.send((batches, options))
         except OSError:
@@ -80,14 +83,24 @@ class WindowPlanner:
 
     def close(self) -> None:
         """End the process; safe to call twice."""
+        if self._process is None or self._connection is None:
+            return
         self._connection.close()
         self._process.join(timeout=1.0)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
 
+    def _start(self) -> None:
+        context = get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs,), name="window-planner", daemon=True)
+        self._process.start()
+        theirs.close()
+
     def _receive(self) -> "Schedule | tuple[str, str, str, str] | None":
         """The process's answer; None where it has died."""
+        assert self._connection is not None
         try:
             answer: Schedule | tuple[str, str, str, str] | None = self._connection.recv()
         except (OSError, EOFError):

@@ -57,13 +57,13 @@ class Job:
             not self.evals or self.evals[-1][0] < self.applied
         )
 
-    def steps_until_eval(self) -> int:
-        """Optimizer steps that it may take before its next validation."""
-        left = self.num_steps - self.applied
+    def steps_until_eval(self, applied: int) -> int:
+        """Optimizer steps that it may take after ``applied`` before its next validation."""
+        left = self.num_steps - applied
         every = self.config.eval.interval
         if self.config.eval.path is None or every is None:
             return left
-        return min(left, every - self.applied % every)
+        return min(left, every - applied % every)
 
     def best_eval(self) -> tuple[int, float] | None:
         """(step, loss) of its best validation."""

@@ -12,8 +12,10 @@ from ..errors import UserError
 from ..lora.autograd import Backend
 from ..lora.bank import LinearLayout
 from ..models.projections import row_of_projection, row_projection, target_linears
+from ..scheduler.options import PlanOptions
 from ..types import ModelSpec, Topology
 from .inputs import load_inputs
+from .planning import choose_layers, cost_model, plan_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,8 @@ class Prepared:
     """Why that implementation, where the run file left it to us."""
     backend: Backend
     layers_per_chunk: tuple[int, ...]
+    plan_options: PlanOptions
+    """What its windows are planned for."""
     padding_multiple: int
     """Rows that each job's part of a microbatch is padded to."""
     notes: tuple[str, ...]
@@ -54,30 +58,25 @@ def prepare(run: RunConfig) -> Prepared:
     padding = math.lcm(run.runtime.padding_multiple or 1, backend.tile)
     inputs = load_inputs(run, padding_multiple=padding)
     spec = inputs.spec
+    cost = cost_model(run, spec)
+    layers, advice = choose_layers(run, spec, cost, inputs.datasets)
+    topology = run.topology(world_size())
     return Prepared(
         run=run,
         spec=spec,
-        topology=run.topology(world_size()),
+        topology=topology,
         datasets={run.jobs[index].name: dataset for index, dataset in inputs.datasets.items()},
-        notes=inputs.notes,
+        notes=(*inputs.notes, *advice),
         device=device,
         transformer_impl=transformer_impl,
         transformer_reason=reason,
         backend=backend,
         padding_multiple=padding,
-        layers_per_chunk=_layers(run, spec),
+        layers_per_chunk=layers,
+        plan_options=plan_options(
+            run, layers=layers, replicas=topology.data_parallel, padding_multiple=padding, cost=cost
+        ),
     )
-
-
-def _layers(run: RunConfig, spec: ModelSpec) -> tuple[int, ...]:
-    layout = run.model.pipeline_layout
-    return even_layout(spec.num_layers, run.model.chunks) if layout == "auto" else layout
-
-
-def even_layout(num_layers: int, chunks: int) -> tuple[int, ...]:
-    """Layers spread as evenly as whole layers allow; the last chunks, which also hold the output layer, get fewer."""
-    base, extra = divmod(num_layers, chunks)
-    return tuple(base + (index < extra) for index in range(chunks))
 
 
 def world_size() -> int:

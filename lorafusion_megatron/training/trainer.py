@@ -14,9 +14,10 @@ from ..mcore.batch import HostBatch, host_batch
 from ..mcore.parallel import Groups
 from ..mcore.stop import StopVote
 from ..mcore.stream import DeviceBatch, StreamRunner
-from ..scheduler.build import PlanOptions, build_schedule
+from ..scheduler.options import PlanOptions
 from ..scheduler.trim import trim_schedule
-from ..types import Microbatch, Schedule, StepReport
+from ..scheduler.windows import WindowPlanner
+from ..types import GlobalBatch, Microbatch, Schedule, StepReport
 from .checkpoints import CheckpointWriter
 from .evaluate import mean_losses, plan_evaluation
 from .jobs import Job
@@ -85,6 +86,7 @@ class Trainer:
         )
         self.writer.last_state = str(resumed.path) if resumed.path else None
         self.saver = Saver(groups, write_adapter=self.writer.adapter, write_state=self.writer.state)
+        self.planner = WindowPlanner()
         self._report_status("running")
 
     @property
@@ -236,22 +238,38 @@ class Trainer:
                 job.dataset = job.source = job.eval_dataset = None
 
     def _plan(self) -> Schedule | None:
-        """The next window, made on rank 0, the same on all ranks; None where no job is left to train."""
-        running = [job for job in self.jobs.values() if job.status == "running"]
-        if not running:
+        """The next window, made on rank 0, the same on all ranks; None where no job is left to train.
+
+        While a window trains, a process of its own plans the one that follows if no job comes or leaves.
+        """
+        applied = self._all_applied()
+        batches = self._next_batches(applied)
+        if not batches:
             return None
-        remaining = {job.index: job.num_steps - job.applied for job in running}
-        tokens = {job.index: self.tokens_per_step(job) for job in running}
-        shares = window_shares(remaining, tokens, self.window_tokens)
         schedule = None
         if self.groups.is_first:
-            batches = [
-                [job.source.batch(job.applied + 1 + i) for i in range(min(shares[job.index], job.steps_until_eval()))]
-                for job in running
-                if job.source is not None
-            ]
-            schedule = build_schedule(batches, self._options())
+            schedule = self.planner.take(batches, self._options())
+            following = self._next_batches(applied | {job[-1].job: job[-1].step for job in batches})
+            if following:
+                self.planner.prepare(following, self._options())
         return self.groups.broadcast(schedule)
+
+    def _next_batches(self, applied: dict[int, int]) -> list[list[GlobalBatch]]:
+        """Per running job its global batches of the window that begins after ``applied`` steps; empty at the end.
+
+        Ranks other than 0 only need to know whether there are any.
+        """
+        jobs = [job for job in self.jobs.values() if job.status == "running" and applied[job.index] < job.num_steps]
+        remaining = {job.index: job.num_steps - applied[job.index] for job in jobs}
+        tokens = {job.index: self.tokens_per_step(job) for job in jobs}
+        shares = window_shares(remaining, tokens, self.window_tokens)
+        out = []
+        for job in jobs:
+            assert job.source is not None
+            done = applied[job.index]
+            count = min(shares[job.index], job.steps_until_eval(done)) if self.groups.is_first else 1
+            out.append([job.source.batch(done + 1 + i) for i in range(count)])
+        return out
 
     @property
     def window_tokens(self) -> float:
@@ -266,15 +284,7 @@ class Trainer:
         return float(job.dataset.lengths.mean()) * job.config.train.global_batch_size
 
     def _options(self) -> PlanOptions:
-        runtime, topology = self.prepared.run.runtime, self.prepared.topology
-        return PlanOptions(
-            token_capacity=runtime.token_capacity,
-            padding_multiple=self.prepared.padding_multiple,
-            stages=topology.pipeline_parallel,
-            virtual_stages=topology.virtual_pipeline or 1,
-            replicas=topology.data_parallel,
-            schedule=runtime.schedule,
-        )
+        return self.prepared.plan_options
 
     def _batches(self, schedule: Schedule, applied: dict[int, int]) -> Iterator[HostBatch]:
         """This replica's microbatches, in order; samples of steps that are done already have weight 0."""
@@ -409,6 +419,7 @@ class Trainer:
         self.report.status(state, window=self.window, last_checkpoint=self.writer.last_state)
 
     def _close(self, stopped: bool) -> None:
+        self.planner.close()
         self.report.timeline()
         self._report_status("stopped" if stopped else "done")
         if self.metrics and self.loggers:

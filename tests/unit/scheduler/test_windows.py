@@ -72,16 +72,26 @@ def test_the_death_of_the_process_loses_nothing() -> None:
 
 def test_close_twice_ends_the_process() -> None:
     planner = WindowPlanner()
+    planner.prepare([], PlanOptions(token_capacity=64))
+    assert planner._process is not None
     planner.close()
     planner.close()
     assert not planner._process.is_alive()
 
 
+def test_a_planner_that_prepared_nothing_has_no_process_and_closes() -> None:
+    planner = WindowPlanner()
+    planner.close()
+    assert planner._process is None
+
+
 SCRIPT = """
 import os, time
+from lorafusion_megatron.scheduler.options import PlanOptions
 from lorafusion_megatron.scheduler.windows import WindowPlanner
 if __name__ == "__main__":
     planner = WindowPlanner()
+    planner.prepare([], PlanOptions(token_capacity=64))
     print(planner._process.pid, flush=True)
     time.sleep(60)
 """
