@@ -79,7 +79,7 @@ def start(topology: Topology, *, device: str, seed: int, timeout_minutes: float)
         pipeline_model_parallel_size=topology.pipeline_parallel,
         virtual_pipeline_model_parallel_size=topology.virtual_pipeline,
         context_parallel_size=topology.context_parallel,
-        distributed_timeout_minutes=max(1, round(timeout_minutes)),
+        distributed_timeout_minutes=timeout_minutes,  # its hint says int, but it makes a timedelta of it
         create_gloo_process_groups=device != "cuda",
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)

@@ -7,6 +7,7 @@ import torch
 
 from ..config.run import RunConfig
 from ..mcore.quiet import quiet_megatron
+from .hosts import choose_interface
 from .memory import describe, predict_run_memory
 from .progress import Progress, make_progress
 from .setup import Prepared, prepare
@@ -29,6 +30,7 @@ def train_run(run: RunConfig) -> int:
 
     if prepared.device == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    interface = choose_interface()
     stop = StopRequest()
     groups = parallel.start(
         prepared.topology,
@@ -44,7 +46,7 @@ def train_run(run: RunConfig) -> int:
             f"{len(run.jobs)} jobs on {prepared.device}: {prepared.transformer_impl} layers "
             f"({prepared.transformer_reason}), {prepared.backend.name} adapters"
         )
-        for note in prepared.notes:
+        for note in (*prepared.notes, *([interface] if interface else [])):
             progress.note(note)
         done = Trainer(prepared, groups, progress, stop).train()
         _note_memory(prepared, groups, progress)
