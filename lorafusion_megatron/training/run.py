@@ -1,6 +1,8 @@
 """A whole run: checks first, then process groups, then the trainer."""
 
 import os
+import socket
+import sys
 from typing import Any
 
 import torch
@@ -8,17 +10,22 @@ import torch
 from ..config.run import RunConfig
 from ..mcore.quiet import quiet_megatron
 from .hosts import choose_interface
+from .lost import lost_rank
 from .memory import describe, predict_run_memory
 from .progress import Progress, make_progress
 from .setup import Prepared, prepare
 from .signals import EXIT_STOPPED, StopRequest
+
+EXIT_LOST = 1
+"""Exit status where another rank does not answer; nothing is saved, since that takes all ranks."""
 
 
 def train_run(run: RunConfig) -> int:
     """Train all jobs of a run on this rank.
 
     Returns:
-        0 when every job ended; `signals.EXIT_STOPPED` where a signal ended the run after its state was saved.
+        0 when every job ended; `signals.EXIT_STOPPED` where a signal ended the run after its state was saved;
+        `EXIT_LOST` where another rank was lost.
 
     Raises:
         UserError: the run can't start as it is; no process group was made and nothing was written.
@@ -54,6 +61,18 @@ def train_run(run: RunConfig) -> int:
             progress.note(f"stopped by {stop.signal.name}; the state is saved: start the same command again to go on")
         elif not done:
             progress.note("stopped on another rank's signal; the state is saved: start the same command again to go on")
+    except (RuntimeError, ConnectionError) as error:
+        reason = lost_rank(error)
+        if reason is None:
+            raise
+        rank, host = os.environ.get("RANK", "0"), socket.gethostname()
+        print(
+            f"lorafusion-megatron: rank {rank} on {host} lost another rank, or the network to it ({reason}); "
+            "start the same command again to go on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        return EXIT_LOST
     finally:
         progress.close()
         stop.restore()
