@@ -34,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--replicas", type=int, default=1, metavar="N", help="data-parallel replicas (default 1)")
     parser.add_argument("--cost-model", type=Path, metavar="FILE", help="measured rates instead of an H100's estimate")
+    parser.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="RUN_DIR",
+        help="fit the rates to the timeline of a run that was made, write RUN_DIR/cost_model.json and plan with it",
+    )
     parser.add_argument("--gantt", type=Path, metavar="FILE", help="draw the first window to a .png or .html")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write the first window for Perfetto (.json)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -98,6 +104,7 @@ def _load(args: argparse.Namespace) -> _Work:
     from lorafusion_megatron.config import load_run
     from lorafusion_megatron.models.config import read_model_spec
     from lorafusion_megatron.scheduler.cost import CostModel
+    from lorafusion_megatron.training.calibrate import calibrate
     from lorafusion_megatron.training.inputs import job_batches, load_inputs
     from lorafusion_megatron.training.memory import describe, predict_run_memory
     from lorafusion_megatron.training.planning import choose_layers, cost_model, plan_options
@@ -120,7 +127,12 @@ def _load(args: argparse.Namespace) -> _Work:
             for job, rows in zip(run_config.jobs, datasets.values(), strict=True)
             if job.train.global_batch_size > len(rows)
         )
-    cost = CostModel.load(args.cost_model) if args.cost_model else cost_model(run_config, spec)
+    if args.calibrate:
+        file = args.calibrate / "cost_model.json"
+        cost, error = calibrate(args.calibrate, file)
+        notes += (f"{file}: rates fitted to {args.calibrate}, median error {error:.1%}; use it as runtime.cost_model",)
+    else:
+        cost = CostModel.load(args.cost_model) if args.cost_model else cost_model(run_config, spec)
     layers, advice = choose_layers(run_config, spec, cost, datasets)
     options = plan_options(run_config, layers=layers, replicas=args.replicas, padding_multiple=padding, cost=cost)
     sources = {index: job_batches(run_config, index, rows) for index, rows in datasets.items()}

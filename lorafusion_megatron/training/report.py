@@ -1,12 +1,13 @@
 """What a run tells of itself while it goes on: ``status.json``, the timeline, the idle share of its stages."""
 
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..mcore.parallel import Groups
 from ..mcore.stream import WindowResult
+from ..scheduler.cost import load_of
 from ..types import Schedule
 from .jobs import Job
 from .output import chrome_trace, write_json
@@ -24,10 +25,19 @@ class RunReport:
         groups: this rank's groups.
         progress: told of each window.
         jobs: all jobs by index.
+        layers_per_chunk: of the model, in the data's order.
     """
 
-    def __init__(self, folder: Path, groups: Groups, progress: Progress, jobs: Mapping[int, Job]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        groups: Groups,
+        progress: Progress,
+        jobs: Mapping[int, Job],
+        layers_per_chunk: Sequence[int],
+    ) -> None:
         self._folder, self._groups, self._progress, self._jobs = folder, groups, progress, jobs
+        self._layers = layers_per_chunk
         self._spans: deque[dict[str, Any]] = deque(maxlen=KEPT_SPANS)
         self._bubble_share: float | None = None
 
@@ -83,11 +93,21 @@ class RunReport:
     def _span(self, stage: int, span: Any, schedule: Schedule) -> dict[str, Any]:
         microbatch = schedule.replicas[0][span.position]
         jobs = Counter(self._jobs[sample.job].name for sample in microbatch.samples)
+        chunk = span.chunk * self._groups.pp_size + stage
+        load = load_of(microbatch, schedule.padding_multiple)
         return {
             "stage": stage,
             "kind": span.kind,
             "name": f"{span.kind[0].upper()}{span.position} {'+'.join(jobs) or 'no-op'}",
             "start": span.start,
             "stop": span.stop,
-            "args": {"chunk": span.chunk, "samples": dict(jobs)},
+            "args": {
+                "position": span.position,
+                "chunk": span.chunk,
+                "samples": dict(jobs),
+                "tokens": load.tokens,
+                "squares": load.squares,
+                "layers": self._layers[chunk],
+                "output": chunk == len(self._layers) - 1,
+            },
         }

@@ -69,7 +69,7 @@ class Trainer:
         resumed = find_resume(prepared.run, groups, self._shape(), progress.note, source=resume_from)
         self.window, self._left = resumed.window, resumed.schedule
         self.roster = Roster(prepared, self.rack, resumed)
-        self.report = RunReport(self.folder, groups, progress, self.jobs)
+        self.report = RunReport(self.folder, groups, progress, self.jobs, prepared.layers_per_chunk)
         self.metrics = MetricsLog(self.folder, resumed.applied_by_name()) if groups.is_first else None
         self.loggers = Loggers(self.run, resumed=resumed.path is not None) if groups.is_first else None
         self.inbox = Inbox(self.folder, progress.note)

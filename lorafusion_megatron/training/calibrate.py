@@ -1,0 +1,71 @@
+"""Measured rates for the planner, from the timeline of a run that was made."""
+
+import json
+import statistics
+from pathlib import Path
+
+from ..errors import UserError
+from ..scheduler.cost import CostModel, Load, Measurement, StageLoad, fit_cost_model
+
+WARMUP = 3
+"""Microbatches at the start of a stage's timeline that are left out: first calls compile and allocate."""
+
+
+def read_measurements(folder: Path, *, key: str = "--calibrate") -> list[Measurement]:
+    """The forwards and backwards of a run's ``trace.json``.
+
+    Raises:
+        UserError: the folder holds no timeline of this version, or too little of one.
+    """
+    try:
+        events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+        spans = [event for event in events if event["ph"] == "X"]
+        rows = [
+            Measurement(
+                backward=span["cat"] == "backward",
+                layers=span["args"]["layers"],
+                output=span["args"]["output"],
+                load=Load(tokens=span["args"]["tokens"], squares=span["args"]["squares"]),
+                seconds=span["dur"] / 1e6,
+            )
+            for span in spans
+            if span["args"]["position"] >= WARMUP and span["dur"] > 0
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / 'trace.json'} ({type(error).__name__}: {error})",
+            rule="rates are measured on the timeline of a run that ended",
+            remedy="train a short run first and give its checkpoint.save folder",
+            key=key,
+        ) from None
+    if len(rows) < 20:
+        raise UserError(
+            f"{folder} has {len(rows)} timed forwards and backwards",
+            rule="a fit needs at least 20",
+            remedy="train more steps, on samples of several lengths",
+            key=key,
+        )
+    return rows
+
+
+def calibrate(folder: Path, target: Path) -> tuple[CostModel, float]:
+    """Fit the rates to a run and save them.
+
+    Args:
+        folder: the run's folder.
+        target: file to write.
+
+    Returns:
+        The cost model, and the median relative error of its predictions on the same forwards and backwards.
+
+    Raises:
+        UserError: as `read_measurements`.
+    """
+    rows = read_measurements(folder)
+    cost = fit_cost_model(rows)
+    errors = []
+    for row in rows:
+        stage = StageLoad(layers=row.layers, output=row.output)
+        errors.append(abs(cost.seconds(row.load, stage, backward=row.backward) - row.seconds) / row.seconds)
+    cost.save(target)
+    return cost, statistics.median(errors)
