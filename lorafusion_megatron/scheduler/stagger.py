@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, takewhile
 
 from lorafusion_megatron.scheduler.blocks import grouped_rows
@@ -10,15 +11,17 @@ from lorafusion_megatron.scheduler.flow import FlowLimits, flow_rows
 from lorafusion_megatron.scheduler.options import PlanOptions
 from lorafusion_megatron.scheduler.packing import padded_tokens
 from lorafusion_megatron.scheduler.refine import refine_rows
-from lorafusion_megatron.scheduler.rows import Row
+from lorafusion_megatron.scheduler.rows import Row, Samples
 from lorafusion_megatron.scheduler.simulate import simulate
 from lorafusion_megatron.scheduler.smooth import smooth_rows
-from lorafusion_megatron.scheduler.waits import window_width
+from lorafusion_megatron.scheduler.waits import waiting_time, window_width
 from lorafusion_megatron.scheduler.weights import Weights
 from lorafusion_megatron.types import GlobalBatch
 
-ROOM = 1.01
-"""Fill 1 % less than full: the last samples of a microbatch then meet the target, and neighbours are alike."""
+ROOM = 1.005
+"""Fill 0.5 % less than full: the last samples of a microbatch then meet the target, and neighbours are alike."""
+WORTH = 0.99
+"""Smaller microbatches must take this share of the time of full ones, or less, to be taken: fewer are simpler."""
 SPLITS = (1.0, 1.5, 2.2, 3.2)
 """Microbatches, as multiples of the fewest, that are tried where full ones leave bubbles."""
 ENOUGH = 0.015
@@ -51,7 +54,7 @@ def staggered_rows(batches: Sequence[Sequence[GlobalBatch]], options: PlanOption
 
     first = _Candidate(1.0, False)
     rows = plan(first, batches)
-    if options.stages == 1 or _lost_share(rows, options) <= ENOUGH:
+    if options.stages == 1 or _lost_share(rows, options, weights) <= ENOUGH:
         return rows
     trial = _first_steps(batches, TRIAL_SAMPLES * options.replicas)
     plans: dict[_Candidate | None, Callable[[Sequence[Sequence[GlobalBatch]]], list[Row]]] = {
@@ -59,9 +62,9 @@ def staggered_rows(batches: Sequence[Sequence[GlobalBatch]], options: PlanOption
         for candidate in (_Candidate(split, follow) for split in SPLITS for follow in (False, True))
     }
     plans[None] = lambda part: grouped_rows(part, replace(options, solver_seconds=0.0), weights)
-    seconds = {candidate: _seconds(make(trial), options) for candidate, make in plans.items()}
+    seconds = {candidate: predict_seconds(make(trial), options, weights) for candidate, make in plans.items()}
     best = min(seconds, key=lambda candidate: seconds[candidate])
-    if best != first:
+    if seconds[best] < WORTH * seconds[first]:
         rows = plans[best](batches)
     return level_rows(rows, options, weights) if options.smooth else rows
 
@@ -98,24 +101,24 @@ def _first_steps(batches: Sequence[Sequence[GlobalBatch]], samples: int) -> list
     return [list(job[:turns]) for job in batches]
 
 
-def row_loads(rows: Sequence[Row], options: PlanOptions) -> list[Load]:
-    """Per position the features of the replica with most samples' work."""
-
-    def load(part: Sequence) -> Load:  # type: ignore[type-arg]
-        return Load(
-            tokens=padded_tokens(part, options.padding_multiple), squares=sum(sample.tokens**2 for sample in part)
-        )
-
-    return [max(map(load, row.parts), key=lambda load: (load.tokens, load.squares)) for row in rows]
-
-
-def _seconds(rows: Sequence[Row], options: PlanOptions) -> float:
-    return simulate(row_loads(rows, options), options.pipeline, options.chunk_loads, options.cost_model).seconds
+def predict_seconds(rows: Sequence[Row], options: PlanOptions, weights: Weights) -> float:
+    """Predicted time of a stream: from `waiting_time` under 1F1B, which takes no time, else from the simulator."""
+    if options.virtual_stages == 1:
+        times = [max(map(weights.part, row.parts)) for row in rows]
+        width = window_width(options.stages)
+        edge = [0.0] * (width - 1)
+        return waiting_time([*edge, *times, *edge], width)
+    loads = [max(map(partial(_load, options), row.parts), key=lambda load: (load.tokens, load.squares)) for row in rows]
+    return simulate(loads, options.pipeline, options.chunk_loads, options.cost_model).seconds
 
 
-def _lost_share(rows: Sequence[Row], options: PlanOptions) -> float:
+def _load(options: PlanOptions, part: Samples) -> Load:
+    return Load(tokens=padded_tokens(part, options.padding_multiple), squares=sum(sample.tokens**2 for sample in part))
+
+
+def _lost_share(rows: Sequence[Row], options: PlanOptions, weights: Weights) -> float:
     """Share of the slowest stage's time that it idles, filling and draining left out."""
-    timeline = simulate(row_loads(rows, options), options.pipeline, options.chunk_loads, options.cost_model)
-    busy = max(timeline.busy)
-    edges = timeline.seconds / max(1, len(rows)) * (options.stages - 1) / options.virtual_stages
-    return max(0.0, 1 - (busy + edges) / timeline.seconds) if timeline.seconds else 0.0
+    seconds = predict_seconds(rows, options, weights)
+    times = [max(map(weights.part, row.parts)) for row in rows]
+    edges = max(times, default=0.0) * (options.stages - 1) / options.virtual_stages
+    return max(0.0, 1 - (sum(times) + edges) / seconds) if seconds else 0.0

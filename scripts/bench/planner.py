@@ -22,7 +22,8 @@ from lorafusion_megatron.scheduler.report import PlanReport, report_plan
 from lorafusion_megatron.scheduler.split import best_layers
 
 COST = default_cost_model(LLAMA_70B)
-STEPS = 64
+SAMPLES = 2048
+"""Samples of a job: 64 optimizer steps at batch 32, 256 at batch 8."""
 TILE = 64
 
 
@@ -61,7 +62,7 @@ def workloads(batches: list[int], rows: list[dict]) -> None:
         f"{'of lemma':>9}{'microb.':>8}{'tokens':>7}{'lengths':>8}{'lemma':>6}{'noops':>6}{'plan s':>7}"
     )
     for name, batch, capacity, stages in product(WORKLOADS, batches, (4096, 6144, 8192), (2, 4, 8)):
-        jobs = make_jobs(WORKLOADS[name], STEPS, batch)
+        jobs = make_jobs(WORKLOADS[name], SAMPLES // batch, batch)
         for split in (False, True) if stages == 4 and capacity == 8192 else (False,):
             report, wall, _ = plan(jobs, options_for(stages, capacity, split=split))
             print(
@@ -81,7 +82,7 @@ def workloads(batches: list[int], rows: list[dict]) -> None:
 def baselines() -> None:
     """The three schedules side by side where the paper compares them: 4 stages, batch 16."""
     for name in WORKLOADS:
-        jobs = make_jobs(WORKLOADS[name], STEPS, 16)
+        jobs = make_jobs(WORKLOADS[name], SAMPLES // 16, 16)
         shares = []
         for kind in ("staggered", "round_robin", "sequential"):
             report, _, _ = plan(jobs, options_for(4, 8192, schedule=kind))
