@@ -1,0 +1,160 @@
+"""Checkpoints on disk, what a window saves and what is left of it after a stop."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from lorafusion_megatron.scheduler.build import PlanOptions, build_schedule
+from lorafusion_megatron.scheduler.trim import trim_schedule
+from lorafusion_megatron.training.saver import PlanPosition, plan_saves
+from lorafusion_megatron.training.state import (
+    StateWriter,
+    check_state,
+    decode_schedule,
+    drop_old,
+    encode_schedule,
+    load_job,
+    newest_state,
+)
+from lorafusion_megatron.training.windows import window_shares
+from lorafusion_megatron.types import GlobalBatch, Sample
+
+
+def batches(job: int, lengths: list[list[int]]) -> list[GlobalBatch]:
+    """Global batches of one job: the lengths of each step's samples."""
+    out = []
+    for step, tokens in enumerate(lengths, 1):
+        samples = tuple(
+            Sample(job=job, step=step, position=i, row=i, tokens=n, batch_label_tokens=sum(tokens))
+            for i, n in enumerate(tokens)
+        )
+        out.append(GlobalBatch(job=job, step=step, samples=samples, label_tokens=sum(tokens)))
+    return out
+
+
+SCHEDULE = build_schedule(
+    [batches(0, [[9, 8, 7]] * 6), batches(1, [[20, 5]] * 4), batches(2, [[3]] * 6)],
+    PlanOptions(token_capacity=32, stages=2),
+)
+WHERE = PlanPosition(window=3, schedule=SCHEDULE, shape={"stages": 2}, statuses={0: ("running", "")})
+
+
+def write(folder, sequence: int, value: float = 1.0):
+    def factors():
+        return {(0, "q_proj", "A"): torch.full((2, 3), value), (0, "q_proj", "B"): torch.full((4, 2), value)}
+
+    writer = StateWriter(folder, sequence)
+    writer.job("a", {"master": factors(), "exp_avg": factors(), "exp_avg_sq": factors()})
+    writer.schedule(SCHEDULE)
+    return writer.commit({"window": 3, "inside": True, "shape": {}, "jobs": []})
+
+
+def test_a_checkpoint_comes_back_as_it_was_written(tmp_path):
+    path = write(tmp_path, 7, 0.5)
+    assert path.name == "00000007"
+    found, manifest = newest_state(tmp_path, pytest.fail)
+    assert found == path
+    assert manifest["window"] == 3
+    assert decode_schedule(path) == SCHEDULE
+    parts = dict(load_job(path, "a", [(0, "q_proj")]))
+    assert set(parts) == {"master", "exp_avg", "exp_avg_sq"}
+    assert torch.equal(parts["exp_avg"][0, "q_proj", "A"], torch.full((2, 3), 0.5))
+    assert json.loads(json.dumps(encode_schedule(SCHEDULE))) == encode_schedule(SCHEDULE)
+
+
+def test_nothing_shows_under_its_name_before_it_is_whole(tmp_path):
+    writer = StateWriter(tmp_path, 1)
+    writer.schedule(SCHEDULE)
+    assert newest_state(tmp_path, pytest.fail) is None
+    writer.discard()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "gone", "no manifest", "format", "outside", "not json"])
+def test_every_damage_is_seen_named_and_passed_over(damage, tmp_path):
+    older, newer = write(tmp_path, 1), write(tmp_path, 2)
+    file, manifest = newer / "a.safetensors", newer / "manifest.json"
+    value = json.loads(manifest.read_text())
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif damage == "bit":
+        file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
+    elif damage == "gone":
+        file.unlink()
+    elif damage == "no manifest":
+        manifest.unlink()
+    elif damage == "format":
+        manifest.write_text(json.dumps(value | {"format": 99}))
+    elif damage == "outside":
+        seal = {"bytes": 0, "sha256": ""}
+        manifest.write_text(json.dumps(value | {"files": {"../../etc/passwd": seal}}))
+    else:
+        manifest.write_text("[")
+    with pytest.raises((ValueError, OSError)):
+        check_state(newer)
+    said: list[str] = []
+    assert newest_state(tmp_path, said.append)[0] == older
+    assert len(said) == 1
+    assert f"{newer} is passed over" in said[0]
+    assert "\n" not in said[0]
+
+
+def test_the_newest_are_kept_and_unfinished_ones_of_dead_writers_removed(tmp_path):
+    for sequence in (1, 2, 3):
+        write(tmp_path, sequence)
+    (tmp_path / ".00000004.1").mkdir()
+    mine = tmp_path / f".00000005.{os.getpid()}"
+    mine.mkdir()
+    drop_old(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [mine.name, "00000002", "00000003"]
+
+
+def test_a_missing_tensor_is_told(tmp_path):
+    path = write(tmp_path, 1)
+    with pytest.raises(ValueError, match="v_proj"):
+        dict(load_job(path, "a", [(0, "v_proj")]))
+
+
+def test_a_window_saves_adapters_at_intervals_and_ends_and_states_between():
+    items = plan_saves(SCHEDULE, {0: 0, 1: 0, 2: 0}, {0: 6, 1: 4, 2: 6}, 2, WHERE)
+    adapters = {(job, step) for item in items if item.cut is None for job, step in item.wants.items()}
+    assert adapters == {(0, 2), (0, 4), (0, 6), (1, 2), (1, 4), (2, 2), (2, 4), (2, 6)}
+    states = [item for item in items if item.cut is not None]
+    assert len(states) == 16 // 6
+    for item in states:
+        done = {}
+        for end in SCHEDULE.step_ends:
+            if end.position < item.cut:
+                done[end.job] = end.step
+        assert item.wants == {0: 0, 1: 0, 2: 0} | done
+    last = plan_saves(SCHEDULE, {0: 0, 1: 0, 2: 0}, {0: 6, 1: 4, 2: 6}, None, WHERE)
+    assert sorted(step for item in last for step in item.wants.values()) == [4, 6, 6]
+
+
+@pytest.mark.parametrize("cut", range(0, SCHEDULE.num_microbatches + 1, 2))
+def test_the_rest_of_a_window_has_every_unfinished_step_once_and_the_same_microbatches(cut):
+    applied = {0: 0, 1: 0, 2: 0}
+    for end in SCHEDULE.step_ends:
+        if end.position < cut:
+            applied[end.job] = end.step
+    rest = trim_schedule(SCHEDULE, applied)
+    assert {(e.job, e.step) for e in rest.step_ends} == {
+        (e.job, e.step) for e in SCHEDULE.step_ends if e.step > applied[e.job]
+    }
+    skipped = SCHEDULE.num_microbatches - rest.num_microbatches
+    assert rest.replicas[0] == SCHEDULE.replicas[0][skipped:]
+    left = {(s.job, s.step, s.position) for m in rest.replicas[0] for s in m.samples if s.step > applied[s.job]}
+    assert left == {
+        (s.job, s.step, s.position) for m in SCHEDULE.replicas[0] for s in m.samples if s.step > applied[s.job]
+    }
+    assert skipped <= cut
+    assert trim_schedule(SCHEDULE, applied, multiple=2).num_microbatches % 2 == SCHEDULE.num_microbatches % 2
+
+
+def test_jobs_advance_in_proportion_and_end_together():
+    shares = window_shares({0: 100, 1: 50, 2: 1}, {0: 10.0, 1: 10.0, 2: 10.0}, 300.0)
+    assert shares == {0: 20, 1: 10, 2: 1}
+    assert window_shares({0: 3}, {0: 10.0}, 1e9) == {0: 3}
+    assert window_shares({0: 3, 1: 900}, {0: 1e9, 1: 1.0}, 1.0) == {0: 1, 1: 1}

@@ -1,0 +1,117 @@
+"""The status of a run from its files alone, and the commands that read it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from lorafusion_megatron.cli.main import main
+from lorafusion_megatron.errors import UserError
+from lorafusion_megatron.training.status import read_status, sparkline
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A run that goes on: job a at step 3 of 10, job b ended."""
+    lines = [
+        {"time": 100.0 + step, "job": job, "step": step, "loss": 3.0 - 0.5 * step, "lr": 0.1, "grad_norm": 1.0}
+        for job, steps in (("a", 3), ("b", 2))
+        for step in range(1, steps + 1)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"job": "a", "st')
+    jobs = [
+        {"name": "a", "status": "running", "reason": "", "step": 1, "num_steps": 10},
+        {"name": "b", "status": "finished", "reason": "", "step": 2, "num_steps": 2},
+    ]
+    status = {"state": "running", "window": 1, "bubble_share": 0.04, "jobs": jobs, "last_checkpoint": None}
+    (tmp_path / "status.json").write_text(json.dumps(status))
+    (tmp_path / "state" / "00000002").mkdir(parents=True)
+    (tmp_path / "state" / "00000002" / "manifest.json").write_text("{}")
+    (tmp_path / "state" / "00000003").mkdir()
+    return tmp_path
+
+
+def test_the_status_says_steps_losses_eta_and_the_last_whole_checkpoint(run_dir):
+    status = read_status(run_dir)
+    a, b = status.jobs
+    assert (a.step, a.num_steps, a.losses) == (3, 10, [2.5, 2.0, 1.5])
+    assert a.eta_seconds() == pytest.approx(7.0)
+    assert b.eta_seconds() is None
+    assert status.last_checkpoint.endswith("00000002")
+    assert status.bubble_share == 0.04
+
+
+def test_the_table_shows_every_job(run_dir, capsys):
+    assert main(["status", str(run_dir)]) == 0
+    text = capsys.readouterr().out
+    assert "3/10" in text
+    assert "1.5000" in text
+    assert "0:07" in text
+    assert main(["status", str(run_dir), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["jobs"][0]["name"] == "a"
+
+
+def test_status_needs_no_torch(run_dir):
+    code = (
+        "import sys; from lorafusion_megatron.cli.main import main; "
+        f"assert main(['status', {str(run_dir)!r}]) == 0; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+def test_a_curve_goes_down_where_the_loss_does():
+    assert sparkline([8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]) == "█▇▆▅▄▃▂▁"
+    assert sparkline([]) == ""
+    assert sparkline([1.0, float("nan"), 1.0]) == "▁▁"
+    assert len(sparkline([float(i) for i in range(1000)])) == 24
+
+
+def test_a_folder_without_a_run_is_a_mistake(tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        read_status(tmp_path)
+
+
+def test_requests_are_files_that_appear_whole(run_dir, capsys):
+    assert main(["job", "pause", str(run_dir), "a"]) == 0
+    (file,) = (run_dir / "inbox").iterdir()
+    assert file.suffix == ".yaml"
+    assert file.read_text() == "op: pause\nname: a\n"
+    assert main(["job", "list", str(run_dir)]) == 0
+    text = capsys.readouterr().out
+    assert "a  running  3/10" in text
+    assert f"waiting: {file.name}" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["status", "{dir}/nowhere"], "holds no run"),
+        (["job", "pause", "{dir}/nowhere", "a"], "holds no run"),
+        (["job", "pause", "{dir}", "c"], "no job is called c"),
+        (["job", "add", "{dir}", "{dir}/nowhere.yaml"], "can't be read"),
+        (["job", "add", "{dir}", "{dir}/bad.yaml"], "peft.rank"),
+        (["job", "add", "{dir}", "{dir}/broken.yaml"], "broken.yaml"),
+        (["job", "add", "{dir}", "{dir}/list.yaml"], "section"),
+        (["job", "jump", "{dir}", "a"], "invalid choice"),
+        (["job"], "ACTION"),
+    ],
+)
+def test_wrong_requests_are_one_line_and_leave_nothing(words, expected, run_dir, capsys):
+    (run_dir / "bad.yaml").write_text(
+        "name: c\ndataset: {path: x}\ntrain: {global_batch_size: 1, train_iters: 1}\npeft: {rank: 3}\n"
+    )
+    (run_dir / "broken.yaml").write_text("{")
+    (run_dir / "list.yaml").write_text("- a\n")
+    assert main([word.format(dir=run_dir) for word in words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert expected in error
+    assert not (run_dir / "inbox").exists()
+
+
+def test_a_run_that_is_over_takes_no_request(run_dir, capsys):
+    status = json.loads((run_dir / "status.json").read_text())
+    (run_dir / "status.json").write_text(json.dumps(status | {"state": "done"}))
+    assert main(["job", "pause", str(run_dir), "a"]) == 2
+    assert "is done" in capsys.readouterr().err
