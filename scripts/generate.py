@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lorafusion_megatron.cli.slurm import SlurmJob, script
+from scripts.reference_pages import commands_page, run_file_page
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,6 +32,8 @@ def batch_script(launcher: str) -> str:
 GENERATED: Mapping[str, Callable[[], str]] = {
     "scripts/slurm/train.sbatch": lambda: batch_script("torchrun"),
     "scripts/slurm/train_srun.sbatch": lambda: batch_script("srun"),
+    "docs/reference/run_file.md": run_file_page,
+    "docs/reference/commands.md": commands_page,
 }
 """Path from the root -> its content."""
 

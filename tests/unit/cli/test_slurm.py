@@ -102,7 +102,7 @@ def written(folder: Path, run_file: Path, *words: str) -> Path:
 
 
 def test_shipped_files_are_what_the_code_says() -> None:
-    assert generate.stale() == [], "run: python scripts/generate.py"
+    assert generate.stale() == [], "run: python -m scripts.generate"
 
 
 def test_torchrun_meets_on_the_first_node_and_gets_the_run_file(bench: Bench, run_file: Path) -> None:
