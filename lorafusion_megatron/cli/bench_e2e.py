@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 -m lorafusion_megatron.cli.main bench e2e --model qw
 
 import argparse
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=120_000, help="about how many tokens a run trains")
     parser.add_argument("--baseline-tokens", type=int, default=60_000, help="the same for flushed variants")
     parser.add_argument("--repeats", type=int, default=2, help="timed runs of each variant, in turn")
+    parser.add_argument("--seconds", type=float, help="start no workload after that many")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--transformer-impl", choices=("auto", "transformer_engine", "local"), default="auto")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
@@ -109,8 +111,11 @@ def _measure(
         print(json.dumps(header), flush=True)
     bench = Bench(setting, groups)
     chosen = [v for v in variants(args.capacity, sizes) if _wanted(v, args.only)]
-    results = {}
+    results: dict[str, Any] = {}
+    started = time.monotonic()
     for workload in workloads:
+        if groups.broadcast(args.seconds is not None and time.monotonic() - started > args.seconds):
+            break
         outcomes = bench.run(
             workload, chosen, options, repeats=args.repeats, baseline_tokens=args.baseline_tokens
         )  # fmt: skip

@@ -240,7 +240,8 @@ class _Loss:
 
     def __call__(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """``labels`` ``[1, tokens]``, ``logits`` ``[tokens, 1, vocabulary]`` -> ``[1, tokens]``."""
-        return self._loss(logits[:, 0], labels[0], first=self._first, group=self._group)[None]
+        # Not logits[:, 0]: the gradient of a selection is a copy into zeros of the size of all logits.
+        return self._loss(logits.view(-1, logits.shape[-1]), labels[0], first=self._first, group=self._group)[None]
 
 
 class _MaskPaddedVocabulary:

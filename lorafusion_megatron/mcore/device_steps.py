@@ -6,6 +6,7 @@ same totals, so all ranks decide alike at the same position, before any host kno
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,9 @@ from ..lora.bank import AdapterShard
 from ..types import StepReport
 from .parallel import Groups
 from .steps import AdapterSteps, StepCounters, StepRule
+
+REPORTS = 16
+"""Reports of a job that may be under way; the host runs ahead of a GPU by a few steps at most."""
 
 
 @dataclass(kw_only=True)
@@ -63,8 +67,12 @@ class DeviceSteps(AdapterSteps):
         self._waiting: _Waiting | None = None
         self._sent: deque[_Sent] = deque()
         self._arrived: list[StepReport] = []
+        self.deliver: Callable[[StepReport], None] = self._arrived.append
+        """Takes reports that a snapshot had to wait for, before the snapshot is made."""
         self._bad = torch.zeros((), dtype=torch.int64, device=shard.grad.device)
         self._stop = torch.zeros((), dtype=torch.bool, device=shard.grad.device)
+        # Made once: to lock pages while a GPU works makes the host wait for it.
+        self._pinned = torch.empty(REPORTS, 4, dtype=torch.float64, pin_memory=shard.grad.is_cuda)
 
     @property
     def by_mail(self) -> bool:
@@ -136,15 +144,16 @@ class DeviceSteps(AdapterSteps):
 
     def reports(self, *, wait: bool = False) -> list[StepReport]:
         """Reports that came since the last call, in the order of the steps; all of them with ``wait``."""
+        out, self._arrived[:] = list(self._arrived), []
         while self._sent and (wait or self._sent[0].arrived is None or self._sent[0].arrived.query()):
-            self._arrived.append(self._read(self._sent.popleft()))
-        out, self._arrived = self._arrived, []
+            out.append(self._read(self._sent.popleft()))
         return out
 
     @property
     def counters(self) -> StepCounters:
-        """The counts of this job; waits for reports under way."""
-        self._arrived = self.reports(wait=True)
+        """The counts of this job; waits for reports under way and hands them to `deliver`."""
+        for report in self.reports(wait=True):
+            self.deliver(report)
         return super().counters
 
     @torch.no_grad()
@@ -194,7 +203,9 @@ class DeviceSteps(AdapterSteps):
         if not values.is_cuda:
             self._sent.append(_Sent(step=step, lr=lr, values=values, arrived=None))
             return
-        pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        if len(self._sent) == REPORTS:
+            self._arrived.append(self._read(self._sent.popleft()))
+        pinned = self._pinned[step % REPORTS]
         pinned.copy_(values, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()

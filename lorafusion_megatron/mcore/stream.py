@@ -44,10 +44,13 @@ class StreamRunner:
     def apply(self, job: int) -> None:
         """Apply a job's pending step on this stage and tell of it; on a GPU its report follows later."""
         steps = self.steps[job]
+        if isinstance(steps, DeviceSteps):
+            steps.deliver = self._on_report
         report = steps.apply()
-        self._on_applied(job, steps.applied)
         if report is not None:
             self._on_report(report)
+        # After the report: a copy of the adapter that is taken now is written with this step's loss.
+        self._on_applied(job, steps.applied)
 
     def run(
         self,

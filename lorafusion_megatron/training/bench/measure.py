@@ -21,7 +21,7 @@ from ...mcore.parallel import Groups
 from ...mcore.steps import StepRule
 from ...mcore.stream import Span, StreamRunner, WindowResult
 from ...scheduler.build import PlanOptions
-from ...types import AdapterSpec, Microbatch, ModelSpec, Schedule, Topology
+from ...types import AdapterSpec, Microbatch, ModelSpec, Schedule, StepEnd, Topology
 from ..prefetch import prefetch
 from ..setup import linear_layouts
 from .eager import EagerLora, EagerSteps, Factors, IdleSteps, eager_factors
@@ -269,7 +269,7 @@ def matmul_rate(device: torch.device, size: int = 8192) -> float:
 
 
 def _distinct(schedule: Schedule) -> Schedule:
-    """The schedule's microbatches of different size classes, without optimizer steps: what a warm-up must have seen.
+    """The schedule's microbatches of different size classes, and one optimizer step a job: what a warm-up must see.
 
     Attention libraries and the kernels' tuning know tokens, samples and lengths by powers of two.
     """
@@ -277,13 +277,14 @@ def _distinct(schedule: Schedule) -> Schedule:
     for microbatch in schedule.replicas[0]:
         rows = microbatch.padded_tokens(schedule.padding_multiple)
         longest = max((sample.tokens for sample in microbatch.samples), default=0)
-        jobs = len({sample.job for sample in microbatch.samples})
-        key = (*(value.bit_length() for value in (rows - 1, len(microbatch.samples) - 1, longest - 1)), jobs > 1)
+        together = len({sample.job for sample in microbatch.samples})
+        key = (*(value.bit_length() for value in (rows - 1, len(microbatch.samples) - 1, longest - 1)), together > 1)
         seen.setdefault(key, microbatch)
     stream = tuple(seen.values())
+    jobs = sorted({sample.job for microbatch in stream for sample in microbatch.samples})
     return Schedule(
         replicas=(stream,),
-        step_ends=(),
+        step_ends=tuple(StepEnd(job=job, step=1, position=len(stream) - 1) for job in jobs),
         distance=schedule.distance,
         token_capacity=schedule.token_capacity,
         padding_multiple=schedule.padding_multiple,
