@@ -49,8 +49,8 @@ def lemma_bound(batches: Sequence[Sequence[GlobalBatch]], options: PlanOptions, 
         0 where the dependencies leave room for a full pipeline.
     """
     chain = max((sum(_step_seconds(batch, options) for batch in job) for job in batches), default=0.0)
-    seconds = max(chain, max(busy))
-    return 1 - sum(busy) / (len(busy) * seconds) - (1 - sum(busy) / (len(busy) * max(busy))) if seconds else 0.0
+    # Where a stage has more work than that, the dependencies are not what limits.
+    return 1 - sum(busy) / (len(busy) * chain) if chain > max(busy) else 0.0
 
 
 def _step_seconds(batch: GlobalBatch, options: PlanOptions) -> float:
