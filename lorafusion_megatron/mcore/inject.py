@@ -5,7 +5,7 @@ the microbatch's routing. Tensor-parallel collectives are the base layer's own: 
 """
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -112,6 +112,7 @@ def inject(
     backend: Backend,
     tp_rank: int,
     tp_size: int,
+    layer_of: Callable[[BaseTransformerLayer], int] | None = None,
 ) -> list[TargetLinear]:
     """Take over every block and its target linears; idempotent.
 
@@ -122,6 +123,7 @@ def inject(
         backend: what computes them.
         tp_rank: place in the tensor-parallel group.
         tp_size: size of that group.
+        layer_of: a block's layer in Hugging Face's numbering, from 0; None: Megatron's number less one.
 
     Returns:
         The taken-over linears of this stage, by layer and name.
@@ -141,7 +143,8 @@ def inject(
                 if not isinstance(module, columns + rows):
                     raise ValueError(f"{name} is a {type(module).__name__}, which can't be taken over")
                 column = isinstance(module, columns)
-                full_name = f"decoder.layers.{block.layer_number - 1}.{name}"
+                layer = block.layer_number - 1 if layer_of is None else layer_of(block)
+                full_name = f"decoder.layers.{layer}.{name}"
                 target = _target(module, full_name, layouts[linear], column, tp_rank, tp_size)
                 _become(module, LoraColumnParallelLinear if column else LoraRowParallelLinear)
                 module.lora_adapters = target.adapters
