@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,19 +30,19 @@ GRADIENTS = {
 
 
 def keep_schedules(words: list[str], file: str) -> int:
-    """Train, and keep the schedules of all windows."""
-    from lorafusion_megatron.training import trainer
+    """Train, and keep the schedules that rank 0 ran."""
+    from lorafusion_megatron.mcore.stream import StreamRunner
 
     kept: list[Schedule] = []
-    build = trainer.build_schedule
+    run = StreamRunner.run
 
-    def building(*args: Any) -> Schedule:
-        kept.append(build(*args))
-        return kept[-1]
+    def running(self: StreamRunner, schedule: Schedule, *args: Any, **options: Any) -> Any:
+        kept.append(schedule)
+        return run(self, schedule, *args, **options)
 
-    trainer.build_schedule = building
+    StreamRunner.run = running
     status = command(words)
-    if kept:
+    if os.environ["RANK"] == "0":
         Path(file).write_bytes(pickle.dumps(kept))
     return status
 
