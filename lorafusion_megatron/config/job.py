@@ -10,7 +10,16 @@ from lorafusion_megatron.config.rules import in_range, require, show
 from lorafusion_megatron.config.schedule import lr_at
 from lorafusion_megatron.config.targets import ALL_LINEAR, HF_TARGETS, check_targets
 
-RESERVED = ("state", "inbox", "metrics.jsonl", "trace.json")
+RESERVED = (
+    "state",
+    "inbox",
+    "metrics.jsonl",
+    "trace.json",
+    "status.json",
+    "events.jsonl",
+    "wandb",
+    "wandb_run_id",
+)
 """What stands beside the jobs' folders under checkpoint.save."""
 MAX_SEED = (1 << 63) - 1
 MAX_COUNT = (1 << 31) - 1
