@@ -9,17 +9,24 @@ import triton.language as tl
 
 from .masks import keep_signs, keep_where, load_keys
 from .overlap import await_predecessor, launch_options
-from .tables import FACTOR_A, FIELDS, NARROW, THRESHOLD, slot_columns, slot_pointer, slot_scale
+from .tables import FACTOR_A, FIELDS, THRESHOLD, slot_columns, slot_pointer, slot_scale
 
 
-@triton.jit
-def _down_tile(
-    z_ptr, z_stride, out_ptr, out_stride, partial_ptr, counter_ptr, table, keys,
-    tile, block, split, slot, columns, tokens, width, module_key, feature_offset,
+@triton.jit(do_not_specialize=["tokens", "num_slots", "module_key", "feature_offset"])
+def _down_kernel(
+    z_ptr, z_stride, out_ptr, out_stride, partial_ptr, counter_ptr, table, tile_slots, keys,
+    tokens, width, num_slots, module_key, feature_offset,
     FACTOR: tl.constexpr, DROP: tl.constexpr, TILE: tl.constexpr, BK: tl.constexpr, RB: tl.constexpr,
-    SPLITS: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    SPLITS: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr, OVERLAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows by one block of RB columns over one split of the features."""
+    """One tile of rows by one block of RB columns; the programs of a tile split the features among them."""
+    await_predecessor(OVERLAP)
+    tile, block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    slot = tl.load(tile_slots + tile)
+    columns = slot_columns(table, slot, num_slots, ALIGN)
+    if block * RB >= columns:
+        return
     dtype: tl.constexpr = z_ptr.dtype.element_ty
     factor = slot_pointer(table, slot, FACTOR, dtype, ALIGN)
     rows = tile * TILE + tl.arange(0, TILE)
@@ -57,44 +64,14 @@ def _down_tile(
         tl.store(partial_ptr + split * plane + at, acc, mask=store_mask)
         tl.debug_barrier()
         counter = counter_ptr + tile * tl.num_programs(1) + block
-        last = tl.atomic_add(counter, 1) == SPLITS - 1
+        if tl.atomic_add(counter, 1) < SPLITS - 1:
+            return
         tl.debug_barrier()
         acc = tl.zeros((TILE, RB), tl.float32)
-        for part in range(0, tl.where(last, SPLITS, 0)):
+        for part in range(SPLITS):
             acc += tl.load(partial_ptr + part * plane + at, mask=store_mask, other=0.0)
-        if last:
-            tl.store(counter, 0)
-        store_mask = store_mask & last
+        tl.store(counter, 0)
     tl.store(out_ptr + at, (acc * slot_scale(table, slot)).to(dtype), mask=store_mask)
-
-
-@triton.jit(do_not_specialize=["tokens", "num_slots", "module_key", "feature_offset"])
-def _down_kernel(
-    z_ptr, z_stride, out_ptr, out_stride, partial_ptr, counter_ptr, table, tile_slots, keys,
-    tokens, width, num_slots, module_key, feature_offset,
-    FACTOR: tl.constexpr, DROP: tl.constexpr, TILE: tl.constexpr, BK: tl.constexpr, RB: tl.constexpr,
-    SPLITS: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr, OVERLAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The programs of a tile split the features among them; narrow adapters take a narrow tile beside wide ones."""
-    await_predecessor(OVERLAP)
-    tile, block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    slot = tl.load(tile_slots + tile)
-    columns = slot_columns(table, slot, num_slots, ALIGN)
-    if block * RB >= columns:
-        return
-    if RB > NARROW and columns <= NARROW:
-        _down_tile(
-            z_ptr, z_stride, out_ptr, out_stride, partial_ptr, counter_ptr, table, keys,
-            tile, block, split, slot, columns, tokens, width, module_key, feature_offset,
-            FACTOR, DROP, TILE, BK, NARROW, SPLITS, EVEN, ALIGN, PRECISION,
-        )  # fmt: skip
-    else:
-        _down_tile(
-            z_ptr, z_stride, out_ptr, out_stride, partial_ptr, counter_ptr, table, keys,
-            tile, block, split, slot, columns, tokens, width, module_key, feature_offset,
-            FACTOR, DROP, TILE, BK, RB, SPLITS, EVEN, ALIGN, PRECISION,
-        )  # fmt: skip
 
 
 def down(

@@ -12,41 +12,7 @@ import triton.language as tl
 
 from .factor_grad import add_gradient
 from .overlap import await_predecessor, launch_options
-from .tables import CHUNK_FIELDS, FACTOR_B, GRAD_B, NARROW, slot_columns, slot_pointer, slot_scale
-
-
-@triton.jit
-def _dy_chunk(
-    dy_ptr, dy_stride, s_ptr, s_stride, parts_ptr, partial_ptr, counter_ptr, table, row_projection,
-    strip, slot, chunk, start, stop, part, parts, columns, tokens, width,
-    PROJECTED: tl.constexpr, EVEN: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, RB: tl.constexpr,
-    STRIDE: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One chunk of rows by one strip of BN features of an adapter of at most RB columns."""
-    dtype: tl.constexpr = dy_ptr.dtype.element_ty
-    feature = strip * BN + tl.arange(0, BN)
-    column = tl.arange(0, RB)
-    real = column < columns
-    b_at = slot_pointer(table, slot, FACTOR_B, dtype, ALIGN) + feature.to(tl.int64)[:, None] * columns + column[None, :]
-    b = tl.load(b_at, mask=(feature < width)[:, None] & real[None, :], other=0.0)
-    acc = tl.zeros((BN, RB), tl.float32)
-    parts_at = parts_ptr + strip.to(tl.int64) * tokens * STRIDE
-    for first in tl.range(start, stop, BT):
-        rows = first + tl.arange(0, BT)
-        valid = rows < stop
-        dy_mask = valid[:, None] if EVEN else valid[:, None] & (feature < width)[None, :]
-        dy = tl.load(dy_ptr + rows.to(tl.int64)[:, None] * dy_stride + feature[None, :], mask=dy_mask, other=0.0)
-        s_at = s_ptr + rows.to(tl.int64)[:, None] * s_stride + column[None, :]
-        s = tl.load(s_at, mask=valid[:, None] & real[None, :], other=0.0)
-        acc = tl.dot(tl.trans(dy), s, acc, input_precision=PRECISION)
-        ds = tl.dot(dy, b, input_precision=PRECISION)
-        at = parts_at + rows.to(tl.int64)[:, None] * STRIDE + column[None, :]
-        tl.store(at, ds, mask=valid[:, None] & real[None, :])
-    counter_at = (chunk - part) * tl.num_programs(0) + strip
-    add_gradient(
-        acc, partial_ptr, counter_ptr, table, slot, chunk, part, parts, feature, column, width, columns, STRIDE,
-        counter_at, row_projection, GRAD_B, PROJECTED, BN, RB, ALIGN,
-    )  # fmt: skip
+from .tables import CHUNK_FIELDS, FACTOR_B, GRAD_B, slot_columns, slot_pointer, slot_scale
 
 
 @triton.jit(do_not_specialize=["tokens", "num_slots"])
@@ -56,7 +22,7 @@ def _dy_kernel(
     PROJECTED: tl.constexpr, EVEN: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, RB: tl.constexpr,
     ALIGN: tl.constexpr, OVERLAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """RB covers the widest adapter; narrow ones take a narrow path beside it."""
+    """One chunk of rows by one strip of BN features; RB covers the widest adapter."""
     await_predecessor(OVERLAP)
     strip, chunk = tl.program_id(0), tl.program_id(1)
     entry = chunks + chunk * CHUNK_FIELDS
@@ -65,18 +31,29 @@ def _dy_kernel(
     columns = slot_columns(table, slot, num_slots, ALIGN)
     if columns == 0:
         return
-    if RB > NARROW and columns <= NARROW:
-        _dy_chunk(
-            dy_ptr, dy_stride, s_ptr, s_stride, parts_ptr, partial_ptr, counter_ptr, table, row_projection,
-            strip, slot, chunk, start, stop, part, parts, columns, tokens, width,
-            PROJECTED, EVEN, BT, BN, NARROW, RB, ALIGN, PRECISION,
-        )  # fmt: skip
-    else:
-        _dy_chunk(
-            dy_ptr, dy_stride, s_ptr, s_stride, parts_ptr, partial_ptr, counter_ptr, table, row_projection,
-            strip, slot, chunk, start, stop, part, parts, columns, tokens, width,
-            PROJECTED, EVEN, BT, BN, RB, RB, ALIGN, PRECISION,
-        )  # fmt: skip
+    dtype: tl.constexpr = dy_ptr.dtype.element_ty
+    feature = strip * BN + tl.arange(0, BN)
+    column = tl.arange(0, RB)
+    real = column < columns
+    b_at = slot_pointer(table, slot, FACTOR_B, dtype, ALIGN) + feature.to(tl.int64)[:, None] * columns + column[None, :]
+    b = tl.load(b_at, mask=(feature < width)[:, None] & real[None, :], other=0.0)
+    acc = tl.zeros((BN, RB), tl.float32)
+    parts_at = parts_ptr + strip.to(tl.int64) * tokens * RB
+    for first in tl.range(start, stop, BT):
+        rows = first + tl.arange(0, BT)
+        valid = rows < stop
+        dy_mask = valid[:, None] if EVEN else valid[:, None] & (feature < width)[None, :]
+        dy = tl.load(dy_ptr + rows.to(tl.int64)[:, None] * dy_stride + feature[None, :], mask=dy_mask, other=0.0)
+        s_at = s_ptr + rows.to(tl.int64)[:, None] * s_stride + column[None, :]
+        s = tl.load(s_at, mask=valid[:, None] & real[None, :], other=0.0)
+        acc = tl.dot(tl.trans(dy), s, acc, input_precision=PRECISION)
+        ds = tl.dot(dy, b, input_precision=PRECISION)
+        tl.store(parts_at + rows.to(tl.int64)[:, None] * RB + column[None, :], ds, mask=valid[:, None] & real[None, :])
+    counter_at = (chunk - part) * tl.num_programs(0) + strip
+    add_gradient(
+        acc, partial_ptr, counter_ptr, table, slot, chunk, part, parts, feature, column, width, columns, RB,
+        counter_at, row_projection, GRAD_B, PROJECTED, BN, RB, ALIGN,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tokens", "num_slots", "strips"])

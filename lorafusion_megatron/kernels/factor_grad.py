@@ -10,7 +10,6 @@ from .tables import (
     CHUNK_FIELDS,
     FIELDS,
     GRAD_A,
-    NARROW,
     THRESHOLD,
     column_projections,
     slot_columns,
@@ -57,14 +56,23 @@ def add_gradient(
     tl.store(at, tl.load(at, mask=inside, other=0.0) + acc, mask=inside)
 
 
-@triton.jit
-def _grad_chunk(
-    z_ptr, z_stride, q_ptr, q_stride, partial_ptr, counter_ptr, table, keys, row_projection,
-    strip, block, slot, chunk, start, stop, part, parts, columns, width, module_key, feature_offset,
+@triton.jit(do_not_specialize=["num_slots", "module_key", "feature_offset"])
+def _factor_grad_kernel(
+    z_ptr, z_stride, q_ptr, q_stride, partial_ptr, counter_ptr, table, chunks, keys, row_projection,
+    width, num_slots, module_key, feature_offset,
     GRAD: tl.constexpr, DROP: tl.constexpr, PROJECTED: tl.constexpr, EVEN: tl.constexpr,
-    BT: tl.constexpr, BN: tl.constexpr, RB: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, RB: tl.constexpr, ALIGN: tl.constexpr, OVERLAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk of rows by one strip of BN features by one block of RB columns."""
+    await_predecessor(OVERLAP)
+    strip, chunk, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    entry = chunks + chunk * CHUNK_FIELDS
+    slot, start, stop = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    part, parts = tl.load(entry + 3), tl.load(entry + 4)
+    columns = slot_columns(table, slot, num_slots, ALIGN)
+    if block * RB >= columns:
+        return
     feature = strip * BN + tl.arange(0, BN)
     column = block * RB + tl.arange(0, RB)
     real = column < columns
@@ -89,37 +97,6 @@ def _grad_chunk(
         acc, partial_ptr, counter_ptr, table, slot, chunk, part, parts, feature, column, width, columns, q_stride,
         counter_at, row_projection, GRAD, PROJECTED, BN, RB, ALIGN,
     )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["num_slots", "module_key", "feature_offset"])
-def _factor_grad_kernel(
-    z_ptr, z_stride, q_ptr, q_stride, partial_ptr, counter_ptr, table, chunks, keys, row_projection,
-    width, num_slots, module_key, feature_offset,
-    GRAD: tl.constexpr, DROP: tl.constexpr, PROJECTED: tl.constexpr, EVEN: tl.constexpr,
-    BT: tl.constexpr, BN: tl.constexpr, RB: tl.constexpr, ALIGN: tl.constexpr, OVERLAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A chunk by a strip by a block of columns; narrow adapters take a narrow path beside wide ones."""
-    await_predecessor(OVERLAP)
-    strip, chunk, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    entry = chunks + chunk * CHUNK_FIELDS
-    slot, start, stop = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-    part, parts = tl.load(entry + 3), tl.load(entry + 4)
-    columns = slot_columns(table, slot, num_slots, ALIGN)
-    if block * RB >= columns:
-        return
-    if RB > NARROW and columns <= NARROW:
-        _grad_chunk(
-            z_ptr, z_stride, q_ptr, q_stride, partial_ptr, counter_ptr, table, keys, row_projection,
-            strip, block, slot, chunk, start, stop, part, parts, columns, width, module_key, feature_offset,
-            GRAD, DROP, PROJECTED, EVEN, BT, BN, NARROW, ALIGN, PRECISION,
-        )  # fmt: skip
-    else:
-        _grad_chunk(
-            z_ptr, z_stride, q_ptr, q_stride, partial_ptr, counter_ptr, table, keys, row_projection,
-            strip, block, slot, chunk, start, stop, part, parts, columns, width, module_key, feature_offset,
-            GRAD, DROP, PROJECTED, EVEN, BT, BN, RB, ALIGN, PRECISION,
-        )  # fmt: skip
 
 
 def factor_grad(

@@ -29,8 +29,6 @@ RANK = tl.constexpr(7)
 PROJECTIONS = tl.constexpr(8)
 
 CHUNK_FIELDS = tl.constexpr(5)
-NARROW = tl.constexpr(16)
-"""Columns of the narrow path that the passes keep beside the one for the widest adapter of a launch."""
 MAX_PROJECTIONS = 8
 """Blocks of columns that one adapter may have on a linear: a byte each in the PROJECTIONS field."""
 

@@ -18,7 +18,7 @@ EXPAND = "expand"
 """cuBLAS for the frozen product, then the adapter's part added in place."""
 OPERATIONS_PER_BYTE = 266
 """Operations that the matrix units do in the time the memory moves a byte; 266 on an H100, 160 to 330 on its kin."""
-GROUPS = (8, 16)
+GROUPS = (8, 4, 16)
 """Row blocks side by side; which is faster depends on what fits the L2 beside the columns of W."""
 
 
