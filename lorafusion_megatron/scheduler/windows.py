@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from multiprocessing import current_process, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -12,9 +13,35 @@ from types import TracebackType
 from lorafusion_megatron.errors import UserError
 from lorafusion_megatron.scheduler.build import build_schedule
 from lorafusion_megatron.scheduler.options import PlanOptions
+from lorafusion_megatron.scheduler.report import simulate_schedule
 from lorafusion_megatron.types import GlobalBatch, Schedule
 
 Batches = Sequence[Sequence[GlobalBatch]]
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A planned window."""
+
+    schedule: Schedule
+    speedup: float
+
+
+def speedup(schedule: Schedule, batches: Batches, options: PlanOptions) -> float:
+    """Predicted time of the same global batches one job after the other, over that of ``schedule``.
+
+    Note: both are simulated; 0.2 s for 400 microbatches on 4 stages, while the window before trains.
+    """
+    if options.schedule == "sequential":
+        return 1.0
+    alone = replace(options, schedule="sequential")
+    seconds = simulate_schedule(build_schedule(batches, alone), alone).seconds
+    return seconds / simulate_schedule(schedule, options).seconds
+
+
+def _plan(batches: Batches, options: PlanOptions) -> _Window:
+    schedule = build_schedule(batches, options)
+    return _Window(schedule, speedup(schedule, batches, options))
 
 
 class WindowPlanner:
@@ -35,6 +62,8 @@ class WindowPlanner:
         self._prepared: tuple[Batches, PlanOptions] | None = None
         self.waited_seconds = 0.0
         """How long the last `take` held its caller up."""
+        self.speedup = 1.0
+        """`speedup` of what the last `take` gave."""
 
     def __enter__(self) -> "WindowPlanner":
         return self
@@ -69,17 +98,18 @@ class WindowPlanner:
         """
         started = time.perf_counter()
         prepared, self._prepared = self._prepared, None
-        answer: Schedule | tuple[str, str, str, str] | None = None
+        answer: _Window | tuple[str, str, str, str] | None = None
         if prepared is not None:
             answer = self._receive()
         if answer is None or prepared != (batches, options):
-            schedule = build_schedule(batches, options)
-        elif isinstance(answer, Schedule):
-            schedule = answer
+            window = _plan(batches, options)
+        elif isinstance(answer, _Window):
+            window = answer
         else:
             raise UserError(answer[0], rule=answer[1], remedy=answer[2], key=answer[3])
+        self.speedup = window.speedup
         self.waited_seconds = time.perf_counter() - started
-        return schedule
+        return window.schedule
 
     def close(self) -> None:
         """End the process; safe to call twice."""
@@ -98,11 +128,11 @@ class WindowPlanner:
         self._process.start()
         theirs.close()
 
-    def _receive(self) -> "Schedule | tuple[str, str, str, str] | None":
+    def _receive(self) -> "_Window | tuple[str, str, str, str] | None":
         """The process's answer; None where it has died."""
         assert self._connection is not None
         try:
-            answer: Schedule | tuple[str, str, str, str] | None = self._connection.recv()
+            answer: _Window | tuple[str, str, str, str] | None = self._connection.recv()
         except (OSError, EOFError):
             return None
         return answer
@@ -125,7 +155,7 @@ def _serve(connection: Connection) -> None:
             return
         answer: object
         try:
-            answer = build_schedule(batches, options)
+            answer = _plan(batches, options)
         except UserError as error:
             answer = (error.given, error.rule, error.remedy, error.key)
         except Exception:

@@ -249,6 +249,8 @@ class Trainer:
         schedule = None
         if self.groups.is_first:
             schedule = self.planner.take(batches, self._options())
+            if self.run.runtime.schedule != "sequential":
+                self.progress.note(f"predicted {self.planner.speedup:.2f} times as fast as one job after the other")
             following = self._next_batches(applied | {job[-1].job: job[-1].step for job in batches})
             if following:
                 self.planner.prepare(following, self._options())

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from collections import Counter
 
 import pytest
@@ -136,7 +137,7 @@ def test_rows_without_a_label_token_add_nothing_and_are_reported(tmp_path):
 
 
 def test_the_log_and_the_trace_show_which_jobs_share_each_microbatch(tmp_path):
-    """Row 29: a user sees whether jobs run together or in turn."""
+    """Row 29: a user sees whether jobs run together or in turn, and what that is worth."""
     tiny.write_base(tmp_path / "base")
     jobs = [tiny.job(tmp_path, name, batch=3, rows=9, seed=seed) for seed, name in enumerate("abc")]
     kept = tmp_path / "schedules"
@@ -149,6 +150,8 @@ def test_the_log_and_the_trace_show_which_jobs_share_each_microbatch(tmp_path):
     (line,) = [line for line in done.outputs[0].splitlines() if "jobs together:" in line]
     shown = dict(part.rsplit(" ", 1) for part in line.split("jobs together: ")[1].split(", "))
     assert {mix: int(count) for mix, count in shown.items()} == wanted
+    (speedup,) = re.findall(r"^predicted ([0-9.]+) times as fast as one job after the other$", done.outputs[0], re.M)
+    assert float(speedup) > 1.1
     events = json.loads((tmp_path / "out" / "trace.json").read_text())["traceEvents"]
     for stage in (0, 1):
         seen = ["+".join(e["args"]["samples"]) for e in events if e["ph"] == "X" and e["pid"] == stage]

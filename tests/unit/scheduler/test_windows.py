@@ -6,11 +6,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
 from lorafusion_megatron.errors import UserError
 from lorafusion_megatron.scheduler.build import PlanOptions, build_schedule
+from lorafusion_megatron.scheduler.report import simulate_schedule
 from lorafusion_megatron.scheduler.windows import WindowPlanner
 from tests.unit.scheduler.instances import batches
 
@@ -30,6 +32,21 @@ def test_a_prepared_window_is_what_planning_on_the_spot_gives(planner: WindowPla
     assert planner.take(FIRST, OPTIONS) == build_schedule(FIRST, OPTIONS)
     planner.prepare(NEXT, OPTIONS)
     assert planner.take(NEXT, OPTIONS) == build_schedule(NEXT, OPTIONS)
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["on the spot", "ahead"])
+def test_a_window_knows_how_much_faster_it_is_than_one_job_after_the_other(planner: WindowPlanner, ahead: bool) -> None:
+    if ahead:
+        planner.prepare(FIRST, OPTIONS)
+    together = simulate_schedule(planner.take(FIRST, OPTIONS), OPTIONS).seconds
+    apart = 0.0
+    for job in FIRST:
+        for batch in job:
+            apart += simulate_schedule(build_schedule([[batch]], OPTIONS), OPTIONS).seconds
+    assert planner.speedup == pytest.approx(apart / together, rel=0.02)
+    assert planner.speedup > 1.2
+    planner.take(FIRST, replace(OPTIONS, schedule="sequential"))
+    assert planner.speedup == 1.0
 
 
 def test_jobs_that_came_or_left_are_planned_on_the_spot(planner: WindowPlanner) -> None:
@@ -88,6 +105,7 @@ def test_a_planner_that_prepared_nothing_has_no_process_and_closes() -> None:
 SCRIPT = """
 import os, time
 from lorafusion_megatron.scheduler.options import PlanOptions
+from lorafusion_megatron.scheduler.report import simulate_schedule
 from lorafusion_megatron.scheduler.windows import WindowPlanner
 if __name__ == "__main__":
     planner = WindowPlanner()
