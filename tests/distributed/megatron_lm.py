@@ -1,5 +1,6 @@
 """Megatron-LM pretraining scripts in the ranks of a test, and what they look at there."""
 
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -21,14 +22,26 @@ def model_words(run_file: Path) -> list[str]:
     return command_line(read_model_spec(run.base_model.path), run)
 
 
-def pretrain(
+def start(
     script: Path, run_file: Path, out: Path, *words: str, world: int = 1, overrides: tuple[str, ...] = ()
-) -> Finished:
+) -> Ranks:
     """``torchrun --nproc-per-node WORLD SCRIPT MODEL OPTIONS --lorafusion-config RUN_FILE WORDS``."""
     ours = ["--lorafusion-config", str(run_file), "--lorafusion-set", f"checkpoint.save={out}", *overrides]
     line = [*model_words(run_file), "--log-interval", "1", *ours, *words]
-    ranks = Ranks(run_script, (str(script), line), world=world, folder=out.with_name(f"{out.name}.logs"))
-    return ranks.wait(180.0)
+    return Ranks(run_script, (str(script), line), world=world, folder=out.with_name(f"{out.name}.logs"))
+
+
+def pretrain(
+    script: Path, run_file: Path, out: Path, *words: str, world: int = 1, overrides: tuple[str, ...] = ()
+) -> Finished:
+    """`start`, to its end."""
+    return start(script, run_file, out, *words, world=world, overrides=overrides).wait(180.0)
+
+
+def run_in_folder(folder: str, script: str, words: list[str]) -> int:
+    """Run a script as its own main program in a folder; its exit status."""
+    os.chdir(folder)
+    return run_script(script, words)
 
 
 def run_script(script: str, words: list[str]) -> int:

@@ -2,10 +2,17 @@
 
 import difflib
 import json
+import os
 import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
+from lorafusion_megatron.integrations.megatron_lm.options import REFUSALS
 from tests import launch, tiny
 from tests.distributed.megatron_lm import (
     PROVIDER_SCRIPT,
@@ -14,8 +21,11 @@ from tests.distributed.megatron_lm import (
     enabling_and_disabling,
     model_words,
     pretrain,
+    run_in_folder,
+    start,
 )
 from tests.oracle.case import TOLERANCE, OracleCase, make_case
+from tests.unit.tiny_inputs import write_model, write_tokenizer
 
 TOPOLOGIES = {
     "one process": (1, ""),
@@ -82,6 +92,28 @@ def test_save_and_load_go_on_to_the_same_last_bit(case, tmp_path):
         assert tiny.losses(tmp_path / "second", name) == tiny.losses(tmp_path / "whole", name)
 
 
+def test_a_signal_stops_within_a_window_and_another_layout_goes_on(case, tmp_path, measured):
+    longer = tuple(f"jobs[{index}].train.train_iters={40 + 10 * index}" for index in range(3))
+    save = ("--save", str(tmp_path / "saved"), "--save-interval", "100", "--exit-signal-handler")
+    pretrain(SCRIPT, case.run_file, tmp_path / "whole", overrides=longer).check()
+    two = ("--pipeline-model-parallel-size", "2")
+    ranks = start(SCRIPT, case.run_file, tmp_path / "first", *save, *two, world=2, overrides=longer)
+    log = tmp_path / "first.logs" / "rank0.log"
+    wait_until(lambda: "job0 step 5/40" in log.read_text(errors="replace"), ranks)
+    os.kill(ranks.processes[1].pid, signal.SIGTERM)
+    stopped = ranks.wait(120.0).check()
+    assert "exiting program after receiving SIGTERM" in stopped.outputs[0]
+    steps = (tmp_path / "first" / "metrics.jsonl").read_text().splitlines()
+    assert 15 <= len(steps) < 150
+    load = ("--load", str(tmp_path / "saved"))
+    pretrain(SCRIPT, case.run_file, tmp_path / "second", *load, overrides=longer).check()
+    for name in JOBS:
+        whole, start_from = tiny.adapter(tmp_path / "whole", name), tiny.read(case.folder / "init" / name)
+        error = tiny.update_error(tiny.adapter(tmp_path / "second", name), whole, start_from)
+        assert measured(error) <= TOLERANCE
+        assert len(tiny.losses(tmp_path / "second", name)) == len(tiny.losses(tmp_path / "whole", name))
+
+
 def test_in_bfloat16_the_script_is_as_near_to_fp32_as_the_command_is(tmp_path, measured):
     folder = tmp_path / "run"
     tiny.write_base(folder / "base")
@@ -117,15 +149,57 @@ def test_megatron_stays_as_it_is_without_a_run_file_and_is_put_back_after_one(ca
     ranks.wait(120.0).check()
 
 
+def test_the_tutorial_works_as_it_stands(tmp_path):
+    page = (ROOT / "docs" / "tutorials" / "megatron_lm.md").read_text()
+    for name in ("configs", "scripts"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    base = tmp_path / "models" / "SmolLM2-135M-Instruct"
+    write_tokenizer(write_model(base, max_position_embeddings=2048))
+    marked = page.split("::test_the_tutorial_works_as_it_stands -->\n```console\n$ ")[1:]
+    printing, training = (block.splitlines()[0] for block in marked)
+    done = subprocess.run(
+        [sys.executable, *shlex.split(printing)[1:]],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert "--num-layers 4 --hidden-size 16" in done.stdout
+    assert f"$({printing})" in training
+    words = shlex.split(training.replace(f"$({printing})", done.stdout))
+    assert words[:4] == ["torchrun", "--standalone", "--nproc-per-node", "2"]
+    ranks = launch.Ranks(run_in_folder, (str(tmp_path), words[4], words[5:]), world=2, folder=tmp_path / "logs")
+    ranks.wait(180.0).check()
+    for name in ("summaries", "grammar"):
+        assert (tmp_path / "runs" / "quickstart" / name / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "runs" / "megatron" / "latest_checkpointed_iteration.txt").read_text() == "1"
+
+
+def test_the_tutorial_shows_the_added_lines_and_every_refused_option():
+    page = (ROOT / "docs" / "tutorials" / "megatron_lm.md").read_text()
+    added = re.findall(r"^\+(.*)$", page, re.MULTILINE)
+    assert [line.strip() for line in added] == [change[2:].strip() for change in _changes()]
+    table = page.split("## What is refused")[1].split("## ")[0]
+    rows = dict(re.findall(r"^\| (`--.*?`) \| (.*?) \|$", table, re.MULTILINE))
+    shown = {option: rule for options, rule in rows.items() for option in re.findall(r"`(--[^`]+)`", options)}
+    assert shown == {refusal.option: refusal.rule for refusal in REFUSALS}
+
+
 def test_the_script_is_the_ordinary_one_and_three_added_lines():
-    ordinary = (ROOT / "scripts" / "examples" / "pretrain_gpt.py").read_text().split('"""', 2)[2].splitlines()
-    ours = SCRIPT.read_text().split('"""', 2)[2].splitlines()
-    changes = [line for line in difflib.ndiff(ordinary, ours) if line[0] in "+-" and line[2:].strip()]
-    assert changes == [
+    assert _changes() == [
         "+ from lorafusion_megatron.integrations import megatron_lm as lorafusion",
         "+     lorafusion.add_arguments(parser)",
         "+     lorafusion.enable(args)",
     ]
+
+
+def _changes() -> list[str]:
+    """Lines of code that the ordinary script and ours don't share."""
+    ordinary = (ROOT / "scripts" / "examples" / "pretrain_gpt.py").read_text().split('"""', 2)[2].splitlines()
+    ours = SCRIPT.read_text().split('"""', 2)[2].splitlines()
+    return [line for line in difflib.ndiff(ordinary, ours) if line[0] in "+-" and line[2:].strip()]
 
 
 def _microbatches(out) -> int:
@@ -135,3 +209,12 @@ def _microbatches(out) -> int:
     positions = sum(event["args"]["chunk"] == 0 for event in first)
     replicas = json.loads((out / "state" / "00000001" / "manifest.json").read_text())["shape"]["replicas"]
     return positions * replicas
+
+
+def wait_until(true, ranks, seconds=60.0):
+    """Wait for something that running ranks bring about."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        assert all(process.is_alive() for process in ranks.processes)
+        time.sleep(0.05)
