@@ -21,7 +21,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model whose positions are enough for the examples at one token a byte."""
     folder = tmp_path_factory.mktemp("shipped")
     write_tokenizer(write_model(folder / "base", max_position_embeddings=2048))
-    write_adapter(folder / "adapter", folder / "base")
+    write_adapter(folder / "adapter", folder / "base", rank=16, alpha=32.0)
     return folder / "base"
 
 
