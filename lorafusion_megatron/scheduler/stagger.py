@@ -1,6 +1,6 @@
 """The staggered schedule: the candidate with the shortest predicted time, smoothed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, takewhile
@@ -26,6 +26,8 @@ SPLITS = (1.0, 1.5, 2.2, 3.2)
 """Microbatches, as multiples of the fewest, that are tried where full ones leave bubbles."""
 ENOUGH = 0.015
 """Idle share, beside filling and draining the pipeline, at which full microbatches are taken without a search."""
+LEVEL_FROM = 0.005
+"""Idle share from which samples and positions are moved: below, there is little to gain."""
 TRIAL_SAMPLES = 1024
 """Candidates are compared on the first steps of the window, up to about this many samples a replica."""
 
@@ -49,24 +51,46 @@ def staggered_rows(batches: Sequence[Sequence[GlobalBatch]], options: PlanOption
         weights: predicted time.
     """
 
-    def plan(candidate: _Candidate, part: Sequence[Sequence[GlobalBatch]]) -> list[Row]:
-        return flow_rows(part, _limits(candidate, part, options, weights))
-
     first = _Candidate(1.0, False)
-    rows = plan(first, batches)
-    if options.stages == 1 or _lost_share(rows, options, weights) <= ENOUGH:
+    rows = _flow(first, batches, options, weights)
+    if options.stages > 1 and _lost_share(rows, options, weights) > ENOUGH:
+        best = _best_candidate(_first_steps(batches, TRIAL_SAMPLES * options.replicas), first, options, weights)
+        if best is None:
+            rows = grouped_rows(batches, options, weights)
+        elif best != first:
+            rows = _flow(best, batches, options, weights)
+    if not options.smooth or options.stages == 1:
         return rows
-    trial = _first_steps(batches, TRIAL_SAMPLES * options.replicas)
-    plans: dict[_Candidate | None, Callable[[Sequence[Sequence[GlobalBatch]]], list[Row]]] = {
-        candidate: lambda part, candidate=candidate: plan(candidate, part)  # type: ignore[misc]
-        for candidate in (_Candidate(split, follow) for split in SPLITS for follow in (False, True))
-    }
-    plans[None] = lambda part: grouped_rows(part, replace(options, solver_seconds=0.0), weights)
-    seconds = {candidate: predict_seconds(make(trial), options, weights) for candidate, make in plans.items()}
+    # Positions that were moved may let samples move again, which is worth its time where much is lost.
+    for least in (LEVEL_FROM, ENOUGH, ENOUGH):
+        if _lost_share(rows, options, weights) <= least:
+            break
+        rows = level_rows(rows, options, weights)
+    return rows
+
+
+def _best_candidate(
+    trial: Sequence[Sequence[GlobalBatch]], first: _Candidate, options: PlanOptions, weights: Weights
+) -> _Candidate | None:
+    """The candidate with the shortest predicted time of a part of the window; None: the grouped schedule."""
+    seconds: dict[_Candidate | None, float] = {}
+    for split in SPLITS:
+        tried = [_Candidate(split, follow) for follow in (False, True)]
+        for candidate in tried:
+            seconds[candidate] = predict_seconds(_flow(candidate, trial, options, weights), options, weights)
+        if min(seconds[candidate] for candidate in tried) > min(seconds.values()):
+            # Still smaller microbatches only add fixed costs.
+            break
+    grouped = grouped_rows(trial, replace(options, solver_seconds=0.0), weights)
+    seconds[None] = predict_seconds(grouped, options, weights)
     best = min(seconds, key=lambda candidate: seconds[candidate])
-    if seconds[best] < WORTH * seconds[first]:
-        rows = plans[best](batches)
-    return level_rows(rows, options, weights) if options.smooth else rows
+    return best if seconds[best] < WORTH * seconds[first] else first
+
+
+def _flow(
+    candidate: _Candidate, batches: Sequence[Sequence[GlobalBatch]], options: PlanOptions, weights: Weights
+) -> list[Row]:
+    return flow_rows(batches, _limits(candidate, batches, options, weights))
 
 
 def level_rows(rows: Sequence[Row], options: PlanOptions, weights: Weights) -> list[Row]:
@@ -120,5 +144,5 @@ def _lost_share(rows: Sequence[Row], options: PlanOptions, weights: Weights) -> 
     """Share of the slowest stage's time that it idles, filling and draining left out."""
     seconds = predict_seconds(rows, options, weights)
     times = [max(map(weights.part, row.parts)) for row in rows]
-    edges = max(times, default=0.0) * (options.stages - 1) / options.virtual_stages
+    edges = sum(times) / max(1, len(times)) * (options.stages - 1) / options.virtual_stages
     return max(0.0, 1 - (sum(times) + edges) / seconds) if seconds else 0.0
