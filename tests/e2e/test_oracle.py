@@ -105,9 +105,10 @@ def test_orders_windows_padding_and_layouts_equal_peft(cases, tmp_path, measured
 
 
 def test_torchrun_trains_the_same_adapters(cases, tmp_path):
+    """The command of the README; over several windows, so that a process of its own plans ahead."""
     case = cases.get("llama", tied=False)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    overrides = ["model.pipeline_model_parallel_size=2", f"checkpoint.save={tmp_path / 'out'}"]
+    overrides = [PP2, "runtime.max_window_microbatches=8", f"checkpoint.save={tmp_path / 'out'}"]
     done = subprocess.run(
         [*torchrun, "-m", "lorafusion_megatron.train", str(case.run_file), *overrides],
         cwd=tmp_path,
@@ -120,3 +121,4 @@ def test_torchrun_trains_the_same_adapters(cases, tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     assert case.error(tmp_path / "out") <= TOLERANCE
     assert "job0 step 6/6" in done.stdout
+    assert done.stdout.count("window done in") > 1
