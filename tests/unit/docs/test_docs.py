@@ -17,7 +17,7 @@ from scripts import generate
 ROOT = Path(__file__).parents[3]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-PROGRAMS = ("lorafusion-megatron", "torchrun", "sbatch", "srun", "python", "pip", "make", "git")
+PROGRAMS = ("lorafusion-megatron", "torchrun", "sbatch", "srun", "python", "pip", "make", "hf")
 MARKER = re.compile(r"<!-- (run|gpu|setup|by hand|test)(?:: (.+?))? -->")
 
 
@@ -34,8 +34,9 @@ class Block:
 
     @property
     def commands(self) -> list[str]:
-        """The command lines of a console block."""
-        return [line.removeprefix("$ ") for line in self.text.splitlines() if line.startswith("$ ")]
+        """The commands of a console block; a backslash at a line's end joins the next one."""
+        joined = re.sub(r"\\\n\s*", "", self.text)
+        return [line.removeprefix("$ ") for line in joined.splitlines() if line.startswith("$ ")]
 
 
 def blocks(path: Path) -> Iterator[Block]:
