@@ -90,6 +90,9 @@ def test_save_and_load_go_on_to_the_same_last_bit(case, tmp_path):
     for name in JOBS:
         assert tiny.same_bits(tiny.adapter(tmp_path / "second", name), tiny.adapter(tmp_path / "whole", name))
         assert tiny.losses(tmp_path / "second", name) == tiny.losses(tmp_path / "whole", name)
+    again = pretrain(SCRIPT, case.run_file, tmp_path / "second", overrides=windows).check()
+    assert "every job has ended already" in again.outputs[0]
+    assert tiny.same_bits(tiny.adapter(tmp_path / "second", "job2"), tiny.adapter(tmp_path / "whole", "job2"))
 
 
 def test_a_signal_stops_within_a_window_and_another_layout_goes_on(case, tmp_path, measured):

@@ -130,11 +130,14 @@ class Session:
             model=model,
             resume_from=self._checkpoint,
         )
-        self._set_iterations(0)
 
     def data_iterators(self, provider: Any) -> tuple[None, None, None]:
-        """No iterators of Megatron's: a window makes its own."""
+        """No iterators of Megatron's: a window makes its own. From here on it is known what is left to train."""
         self.args.do_train, self.args.do_valid, self.args.do_test = True, False, False
+        self._set_iterations(self.args.iteration)
+        if not self._windows_left():
+            self._running().progress.note("every job has ended already")
+            self._finish(complete=True)
         return None, None, None
 
     def train_step(
@@ -223,7 +226,6 @@ class Session:
             return 0, 0
         counts = read_counts(self._checkpoint)
         self.args.consumed_train_samples = counts.consumed_train_samples
-        self._set_iterations(counts.iteration)
         return counts.iteration, counts.num_floating_point_operations_so_far
 
     def _finish(self, *, complete: bool) -> None:
