@@ -62,7 +62,7 @@ def interface_of(address: str, known: Mapping[str, tuple[str, ...]]) -> str:
 
     Args:
         address: this host's address on the way to the first one. On the first host itself it may be a loopback
-            address, where its own name stands for one; then the only other interface is meant.
+            address, where its own name stands for one; then the only other interface is meant, if there is any.
         known: interface -> its addresses.
 
     Raises:
@@ -70,8 +70,8 @@ def interface_of(address: str, known: Mapping[str, tuple[str, ...]]) -> str:
     """
     others = {name: own for name, own in known.items() if not any(map(_is_loopback, own))}
     named = [name for name, own in others.items() if address in own]
-    if _is_loopback(address) and len(others) == 1:
-        named = list(others)
+    if _is_loopback(address):
+        named = list(others) if others else [name for name, own in known.items() if address in own][:1]
     if len(named) != 1:
         raise UserError(
             f"this host would reach the first one from {address}",

@@ -99,7 +99,8 @@ class Submitted:
         command = (sys.executable, "-m", "lorafusion_megatron.cli.main", "slurm", *words, *shape)
         options = (f"--launcher={launcher}", "--time=1:00:00", f"--python={sys.executable}")
         subprocess.run([*command, *options], cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
-        exported = f"--export=ALL,PYTHONPATH={ROOT},PYTHONWARNINGS=ignore"
+        # Both nodes are this machine, and their names stand for its loopback.
+        exported = f"--export=ALL,PYTHONPATH={ROOT},PYTHONWARNINGS=ignore,GLOO_SOCKET_IFNAME=lo"
         self.number = cluster.submit(exported, *sbatch, "train.sbatch", cwd=folder)
 
     def steps(self) -> int:

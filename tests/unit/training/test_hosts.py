@@ -35,6 +35,10 @@ def test_a_loopback_address_means_the_only_other_interface(address: str) -> None
     assert interface_of(address, {"lo": KNOWN["lo"], "eth0": KNOWN["eth0"]}) == "eth0"
 
 
+def test_without_any_network_the_loopback_is_the_only_way() -> None:
+    assert interface_of("127.0.0.1", {"lo": KNOWN["lo"]}) == "lo"
+
+
 @pytest.mark.parametrize(("address", "known"), [("127.0.1.1", KNOWN), ("10.9.9.9", KNOWN), ("127.0.0.1", {})])
 def test_where_it_is_not_clear_the_choices_are_named(address: str, known: dict[str, tuple[str, ...]]) -> None:
     choices = "eth0, ib0" if known else "none is up"
