@@ -3,6 +3,7 @@
 import os
 import runpy
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,24 @@ def model_words(run_file: Path) -> list[str]:
 
 
 def start(
-    script: Path, run_file: Path, out: Path, *words: str, world: int = 1, overrides: tuple[str, ...] = ()
+    script: Path,
+    run_file: Path,
+    out: Path,
+    *words: str,
+    world: int = 1,
+    overrides: tuple[str, ...] = (),
+    environment: Mapping[str, str] | None = None,
 ) -> Ranks:
     """``torchrun --nproc-per-node WORLD SCRIPT MODEL OPTIONS --lorafusion-config RUN_FILE WORDS``."""
     ours = ["--lorafusion-config", str(run_file), "--lorafusion-set", f"checkpoint.save={out}", *overrides]
     line = [*model_words(run_file), "--log-interval", "1", *ours, *words]
-    return Ranks(run_script, (str(script), line), world=world, folder=out.with_name(f"{out.name}.logs"))
+    folder = out.with_name(f"{out.name}.logs")
+    return Ranks(run_script, (str(script), line), world=world, folder=folder, environment=environment)
 
 
-def pretrain(
-    script: Path, run_file: Path, out: Path, *words: str, world: int = 1, overrides: tuple[str, ...] = ()
-) -> Finished:
+def pretrain(*arguments: Any, **named: Any) -> Finished:
     """`start`, to its end."""
-    return start(script, run_file, out, *words, world=world, overrides=overrides).wait(180.0)
+    return start(*arguments, **named).wait(180.0)
 
 
 def run_in_folder(folder: str, script: str, words: list[str]) -> int:
