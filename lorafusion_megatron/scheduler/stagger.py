@@ -26,7 +26,7 @@ SPLITS = (1.0, 1.5, 2.2, 3.2)
 """Microbatches, as multiples of the fewest, that are tried where full ones leave bubbles."""
 ENOUGH = 0.015
 """Idle share, beside filling and draining the pipeline, at which full microbatches are taken without a search."""
-LEVEL_FROM = 0.005
+LEVEL_FROM = 0.01
 """Idle share from which samples and positions are moved: below, there is little to gain."""
 TRIAL_SAMPLES = 1024
 """Candidates are compared on the first steps of the window, up to about this many samples a replica."""
