@@ -31,7 +31,7 @@ def add_gradient(
     inside = (feature < width)[:, None] & (column < columns)[None, :]
     if parts > 1:
         at = feature.to(tl.int64)[:, None] * partial_width + column[None, :]
-        plane = width.to(tl.int64) * partial_width
+        plane = tl.cast(width, tl.int64) * partial_width
         tl.store(partial_ptr + chunk * plane + at, acc, mask=inside)
         tl.debug_barrier()
         ticket = tl.atomic_add(counter_ptr + counter_at, 1)

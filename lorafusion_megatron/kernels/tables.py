@@ -54,8 +54,14 @@ class SlotRow:
 def slot_table(rows: dict[int, SlotRow], device: torch.device) -> torch.Tensor:
     """int64 ``[most slot + 1, FIELDS]`` on the device; slots without an adapter have 0 columns.
 
+    Raises:
+        ValueError: an adapter has more than `MAX_PROJECTIONS` blocks of columns.
+
     Note: holds addresses, not references: who builds it keeps the tensors alive.
     """
+    most = max(len(row.projections) for row in rows.values())
+    if most > MAX_PROJECTIONS:
+        raise ValueError(f"an adapter has {most} blocks of columns on one linear; the kernels know {MAX_PROJECTIONS}")
     table = torch.zeros(max(rows) + 1, FIELDS.value, dtype=torch.int64)
     for slot, row in rows.items():
         packed = sum((projection + 1) << (8 * block) for block, projection in enumerate(row.projections))

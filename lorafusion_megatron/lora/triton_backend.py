@@ -211,6 +211,7 @@ class TritonBackend:
             self._bulk_copies
             and z.element_size() == 2
             and not any(size % 8 for size in (*weight.shape, z.stride(0)))
+            and not any(tensor.data_ptr() % 16 for tensor in (z, weight))
             and weight.is_contiguous()
         )
         return possible

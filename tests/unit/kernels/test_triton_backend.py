@@ -2,6 +2,7 @@
 
 import os
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_bfloat16_runs():
     assert worst_ratio(backend(), case) <= 3.0
 
 
-@pytest.mark.parametrize("size", [(33, 48), (40, 31)], ids=["odd in", "odd out"])
+@pytest.mark.parametrize("size", [(33, 48), (40, 31), (40, 1)], ids=["odd in", "odd out", "one output"])
 def test_sizes_that_no_copy_engine_takes(size):
     case = random_case(5, tokens=130, size=size, slots=3, dtype=torch.float16)
     assert worst_ratio(backend(), case) <= 1.5
@@ -159,3 +160,34 @@ def test_foreign_tile_is_refused():
     )
     with pytest.raises(ValueError, match="tiles of 16 rows; the Triton backend needs 64"):
         backend().forward(case.x, case.weight, None, case.adapters, routing)
+
+
+def test_too_many_blocks_of_columns():
+    case = random_case(23, tokens=64, size=(16, 18), slots=1, ranks=[1])
+    slot, adapter = next(iter(case.adapters.by_slot.items()))
+    case.adapters.by_slot[slot] = replace(
+        adapter,
+        a=torch.zeros(9, 16),
+        b=torch.zeros(18, 9),
+        grad_a=torch.zeros(9, 16),
+        grad_b=torch.zeros(18, 9),
+        projections=tuple(range(9)),
+    )
+    case = Case(
+        **{
+            **vars(case),
+            "routing": build_routing(
+                [RoutedSegment(slot=slot, start=0, stop=64)], num_tokens=64, tile=TILE, row_keys=random_keys(64, 0)
+            ),
+        }
+    )
+    with pytest.raises(ValueError, match="9 blocks of columns on one linear; the kernels know 8"):
+        run(backend(), case)
+
+
+def test_rows_that_start_off_a_copys_alignment():
+    case = random_case(25, tokens=100, size=(64, 48), slots=2, dtype=torch.float16, ranks=[4])
+    shifted = torch.empty(100 * 72 + 3, dtype=torch.float16)[3:].view(100, 72)[:, :64]
+    shifted.copy_(case.x)
+    assert shifted.data_ptr() % 16 != 0
+    assert worst_ratio(backend(), Case(**{**vars(case), "x": shifted})) <= 1.5
