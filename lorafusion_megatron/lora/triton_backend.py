@@ -216,7 +216,9 @@ class TritonBackend:
         )
         return possible
 
-    def _down(self, z, call: _Call, adapters, routing, *, factor: int, drop: bool) -> torch.Tensor:
+    def _down(
+        self, z: torch.Tensor, call: _Call, adapters: LinearAdapters, routing: Routing, *, factor: int, drop: bool
+    ) -> torch.Tensor:
         tiles = routing.tile_slots.shape[0]
         blocks = -(-call.width // 64)
         splits = max(1, min(8, 2 * self._programs // (tiles * blocks), z.shape[1] // 512))
@@ -227,7 +229,19 @@ class TritonBackend:
             overlap=self._overlap,
         )  # fmt: skip
 
-    def _product(self, z, weight, bias, q, call: _Call, adapters, routing, *, factor: int, out=None) -> torch.Tensor:
+    def _product(
+        self,
+        z: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        q: torch.Tensor,
+        call: _Call,
+        adapters: LinearAdapters,
+        routing: Routing,
+        *,
+        factor: int,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The frozen product with the adapters' part in it, the way that is fastest here."""
         ways = self._ways(z, weight, bias, q, call, adapters, routing, factor=factor, out=out)
         default = next(iter(ways))
@@ -247,7 +261,17 @@ class TritonBackend:
         return ways[choice]()
 
     def _ways(
-        self, z, weight, bias, q, call: _Call, adapters, routing, *, factor: int, out: torch.Tensor | None
+        self,
+        z: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        q: torch.Tensor,
+        call: _Call,
+        adapters: LinearAdapters,
+        routing: Routing,
+        *,
+        factor: int,
+        out: torch.Tensor | None,
     ) -> dict[str, Callable[[], torch.Tensor]]:
         """Every way to compute the product on this device that ``strategy`` allows, the likeliest first."""
         forward = factor == FACTOR_B
@@ -291,7 +315,9 @@ class TritonBackend:
             ways[EXPAND] = expanded
         return ways
 
-    def _dy_products(self, dy, s, call: _Call, adapters, routing) -> torch.Tensor:
+    def _dy_products(
+        self, dy: torch.Tensor, s: torch.Tensor, call: _Call, adapters: LinearAdapters, routing: Routing
+    ) -> torch.Tensor:
         """dS, and dB into the gradients."""
         strip = 512 if dy.shape[1] >= 16384 and call.width <= 16 else 256
         strips = -(-dy.shape[1] // strip)
@@ -308,7 +334,9 @@ class TritonBackend:
             overlap=self._overlap,
         )  # fmt: skip
 
-    def _grad(self, z, q, call: _Call, adapters, routing, *, grad: int) -> None:
+    def _grad(
+        self, z: torch.Tensor, q: torch.Tensor, call: _Call, adapters: LinearAdapters, routing: Routing, *, grad: int
+    ) -> None:
         of_a = grad == GRAD_A
         chunks, split = self._chunks(routing, strips=-(-z.shape[1] // 128), most=1024)
         counters = chunks.shape[0] * -(-z.shape[1] // 64) * -(-call.width // 64)

@@ -1,0 +1,84 @@
+"""Choosing a product: measured once, kept on disk, robust against broken files and candidates that don't fit."""
+
+import json
+
+import pytest
+import triton
+
+from lorafusion_megatron.kernels import tuning
+from lorafusion_megatron.kernels.tuning import EXPAND, Problem, Tuner, expand_is_hopeless
+
+
+def problem(**changes) -> Problem:
+    values = {
+        "tokens": 8192,
+        "inner": 4096,
+        "width": 4096,
+        "columns": 16,
+        "forward": True,
+        "drop": True,
+        "dtype": "bf16",
+    }
+    return Problem(**(values | changes))
+
+
+@pytest.fixture
+def milliseconds(monkeypatch) -> dict[str, float]:
+    """Times by the name that a candidate returns; the order of measurement is recorded under 'asked'."""
+    times: dict = {"asked": []}
+
+    def fake(run) -> float:
+        name = run()
+        times["asked"].append(name)
+        return times[name]
+
+    monkeypatch.setattr(tuning, "_median_ms", fake)
+    return times
+
+
+def candidates(*names: str) -> dict:
+    return {name: lambda name=name: name for name in names}
+
+
+def test_fastest_is_chosen_and_remembered_on_disk(tmp_path, milliseconds):
+    path = tmp_path / "deep" / "choices.json"
+    milliseconds |= {"a": 2.0, "b": 1.0, "c": 3.0}
+    tuner = Tuner(path)
+    assert tuner.known(problem()) is None
+    assert tuner.measure(problem(), candidates("a", "b", "c")) == "b"
+    assert tuner.known(problem()) == "b"
+    assert tuner.known(problem(columns=64)) is None
+    assert Tuner(path).known(problem()) == "b"
+    assert list(json.loads(path.read_text()).values()) == ["b"]
+    assert [file.name for file in path.parent.iterdir()] == ["choices.json"]
+
+
+def test_a_file_cut_off_by_a_crash_is_measured_again(tmp_path, milliseconds):
+    path = tmp_path / "choices.json"
+    path.write_text('{"tokens=8192 inn')
+    milliseconds |= {"a": 1.0}
+    assert Tuner(path).measure(problem(), candidates("a")) == "a"
+    assert Tuner(path).known(problem()) == "a"
+
+
+def test_what_has_no_room_is_left_out(milliseconds):
+    def too_large():
+        raise triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory")
+
+    milliseconds |= {"slow": 9.0}
+    assert Tuner(None).measure(problem(), {"large": too_large} | candidates("slow")) == "slow"
+    assert Tuner(None).measure(problem(), {"large": too_large}) == EXPAND
+
+
+def test_other_errors_are_not_hidden(milliseconds):
+    def broken():
+        raise RuntimeError("illegal memory access")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        Tuner(None).measure(problem(), {"broken": broken})
+
+
+@pytest.mark.parametrize(("inner", "hopeless"), [(512, True), (2048, True), (4096, False), (14336, False)])
+def test_traffic_model(inner, hopeless):
+    # 2 * 266 / inner of the product's time goes into reading and writing the output once more: 13 % at 4096.
+    assert expand_is_hopeless(problem(inner=inner)) is hopeless
