@@ -65,16 +65,18 @@ def state_of_megatron() -> dict[tuple[str, str], int]:
     import megatron.core.models.backends as backends
     import torch
     from megatron.core import num_microbatches_calculator
+    from megatron.core import utils as core_utils
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer import transformer_block, utils
     from megatron.training import arguments, checkpointing, initialize, training
     from megatron.training.models import dist_utils, gpt
+    from megatron.training.utils import common_utils
 
     owners: list[Any] = [
-        *(training, initialize, dist_utils, gpt, arguments, checkpointing, num_microbatches_calculator),
+        *(training, initialize, dist_utils, gpt, arguments, checkpointing, num_microbatches_calculator, common_utils),
         *(backends, backends.LocalSpecProvider, transformer_block, utils, schedules, random),
-        *(torch, torch.cuda, torch.nn.Module, torch.Tensor),
+        *(core_utils, torch, torch.cuda, torch.nn.Module, torch.Tensor),
     ]
     return {(owner.__name__, name): id(value) for owner in owners for name, value in vars(owner).items()}
 

@@ -11,6 +11,8 @@ import sys
 import time
 
 import pytest
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lorafusion_megatron.integrations.megatron_lm.options import REFUSALS
 from tests import launch, tiny
@@ -52,14 +54,20 @@ def tied_case(tmp_path_factory) -> OracleCase:
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_the_script_trains_the_adapters_that_peft_trains(case, tmp_path, measured, topology):
     world, words = TOPOLOGIES[topology]
-    finished = pretrain(SCRIPT, case.run_file, tmp_path / "out", *words.split(), world=world).check()
+    board = ("--tensorboard-dir", str(tmp_path / "board"), "--tensorboard-log-interval", "1")
+    logging = (*board, "--log-params-norm", "--log-throughput")
+    finished = pretrain(SCRIPT, case.run_file, tmp_path / "out", *words.split(), *logging, world=world).check()
     assert measured(case.error(tmp_path / "out")) <= TOLERANCE
     # Megatron's own log line, on the last rank, with the last loss of every job.
     line = re.search(r"iteration +1/ +1 \|.*", finished.outputs[-1])
     assert line is not None, finished.outputs[-1][-2000:]
+    events = EventAccumulator(str(tmp_path / "board")).Reload()
     for name in JOBS:
         last = tiny.losses(tmp_path / "out", name)[-1]
         assert f"job/{name}/loss: {last:.6E} |" in line.group(0)
+        assert [event.value for event in events.Scalars(f"job/{name}/loss")] == [pytest.approx(last, rel=1e-6)]
+    norm = float(re.search(r"params norm: ([0-9.]+) \|", line.group(0)).group(1))
+    assert norm == pytest.approx(_norm_of_base(case), abs=1e-3)
     microbatches = int(re.search(r"global batch size: +(\d+) \|", line.group(0)).group(1))
     assert microbatches == _microbatches(tmp_path / "out")
 
@@ -203,6 +211,12 @@ def _changes() -> list[str]:
     ordinary = (ROOT / "scripts" / "examples" / "pretrain_gpt.py").read_text().split('"""', 2)[2].splitlines()
     ours = SCRIPT.read_text().split('"""', 2)[2].splitlines()
     return [line for line in difflib.ndiff(ordinary, ours) if line[0] in "+-" and line[2:].strip()]
+
+
+def _norm_of_base(case) -> float:
+    """Norm over all weights of the base model, each counted once."""
+    weights = load_file(case.folder / "base" / "model.safetensors").values()
+    return sum(float(weight.double().square().sum()) for weight in weights) ** 0.5
 
 
 def _microbatches(out) -> int:

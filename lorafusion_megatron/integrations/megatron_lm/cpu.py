@@ -62,8 +62,10 @@ def _view() -> cpu_compat.TorchOnCpu:
 
 def patches() -> list[Patch]:
     """What is replaced; `mcore.cpu_compat.install` comes beside it."""
+    from megatron.core import utils as core_utils
     from megatron.training import initialize, training
     from megatron.training.models import dist_utils
+    from megatron.training.utils import common_utils
 
     return [
         # "Megatron requires CUDA", and process groups only where a device is counted.
@@ -71,6 +73,9 @@ def patches() -> list[Patch]:
         # Start times, flags and losses with device="cuda"; the stream around the DDP wrapper.
         Patch(owner=training, attribute="torch", value=_view()),
         Patch(owner=dist_utils, attribute="torch", value=_view()),
+        # --log-params-norm.
+        Patch(owner=common_utils, attribute="torch", value=_view()),
+        Patch(owner=core_utils, attribute="torch", value=_view()),
         # Compiles fused kernels ahead; the C++ compiler takes a minute for what tests never call.
         Patch(owner=training, attribute="set_jit_fusion_options", value=lambda *_, **__: None),
         # get_model moves the model to the current device, and a tied output layer its weight: that is the CPU here.
