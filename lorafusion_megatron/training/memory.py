@@ -67,12 +67,17 @@ def predict_memory(spec: ModelSpec, adapters: Sequence[AdapterSpec], options: Me
     chunks = len(options.layers_per_chunk)
     for stage in range(options.stages):
         mine = range(stage, chunks, options.stages)
-        layers = sum(options.layers_per_chunk[chunk] for chunk in mine)
+        starts = [sum(options.layers_per_chunk[:chunk]) for chunk in mine]
+        numbers = {n + i for chunk, n in zip(mine, starts, strict=True) for i in range(options.layers_per_chunk[chunk])}
+        layers = len(numbers)
         first, last = 0 in mine, chunks - 1 in mine
         out.append(
             StageMemory(
                 weights=_weights(spec, layers, first, last, options),
-                adapters=sum(_adapter(spec, adapter, layers, options) for adapter in adapters),
+                adapters=sum(
+                    _adapter(spec, adapter, len(numbers.intersection(adapter.layers_to_transform or numbers)), options)
+                    for adapter in adapters
+                ),
                 activations=_in_flight(stage, chunks, options) * _activations(spec, layers / len(mine), options),
                 logits=_logits(spec, options) if last else 0,
                 transient=_transient(spec, options),
