@@ -3,12 +3,16 @@
 import os
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Without a GPU the kernels run under Triton's interpreter, which must be chosen before any test imports them.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 MEASURED: pytest.StashKey[dict[str, list[float]]] = pytest.StashKey()
 
