@@ -1,7 +1,7 @@
 """Options of Megatron that a frozen base with adapters can't obey: refused by name, never ignored."""
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ...errors import UserError
@@ -25,6 +25,8 @@ def _one(value: object) -> bool:
 FROZEN = "the base is frozen: it has neither gradients nor an optimizer (each adapter brings its own)"
 BLOCKS = "adapters are taken over in plain attention and MLP blocks"
 STATE = "--save holds the jobs' state, written at once by every rank together"
+WHOLE = "a checkpoint of jobs is saved and loaded whole"
+STEP = "it looks into Megatron's own training step, which a window replaces"
 STREAM = "microbatches come from the plan, which Megatron's schedules run in their plain order"
 
 REFUSALS = (
@@ -142,8 +144,32 @@ REFUSALS = (
     Refusal(option="--non-persistent-save-interval", attribute="non_persistent_save_interval", rule=STATE),
     Refusal(option="--save-retain-interval", attribute="save_retain_interval", rule=STATE),
     Refusal(option="--ckpt-step", attribute="ckpt_step", rule="a run goes on from its newest checkpoint"),
+    Refusal(option="--finetune", attribute="finetune", rule=WHOLE),
+    Refusal(option="--no-load-optim", attribute="no_load_optim", rule=WHOLE),
+    Refusal(option="--no-save-optim", attribute="no_save_optim", rule=WHOLE),
+    Refusal(option="--qk-clip", attribute="qk_clip", rule=FROZEN),
+    Refusal(option="--save-activations-interval", attribute="save_activations_interval", rule=STEP),
+    Refusal(option="--save-dgrads-interval", attribute="save_dgrads_interval", rule=STEP),
+    Refusal(option="--save-params-interval", attribute="save_params_interval", rule=STEP),
+    Refusal(option="--save-wgrads-interval", attribute="save_wgrads_interval", rule=STEP),
 )
 """In the order in which they are checked. An attribute that a release lacks can't have been asked for."""
+
+WITHOUT_EFFECT = (
+    *("--data-path", "--data-args-path", "--mock-data", "--split", "--train-data-path", "--dataloader-type"),
+    *("--train-iters", "--train-samples", "--global-batch-size", "--optimizer", "--clip-grad", "--weight-decay"),
+    *("--adam-beta1", "--adam-beta2", "--adam-eps", "--lr", "--min-lr", "--lr-decay-style", "--lr-decay-iters"),
+    *("--lr-decay-samples", "--lr-warmup-iters", "--lr-warmup-samples", "--lr-warmup-fraction", "--lr-warmup-init"),
+    *("--eval-iters", "--eval-interval", "--full-validation", "--log-num-zeros-in-grad", "--log-max-attention-logit"),
+    *("--empty-unused-memory-level", "--rerun-mode"),
+)
+"""Options of ordinary scripts that the run file decides instead, or that look at gradients of the base."""
+
+
+def without_effect(words: Sequence[str]) -> list[str]:
+    """Those of a command line's options that have no effect in a run of jobs; it is told of them at its start."""
+    given = {word.partition("=")[0] for word in words}
+    return [option for option in WITHOUT_EFFECT if option in given]
 
 
 def check_options(args: Namespace) -> None:

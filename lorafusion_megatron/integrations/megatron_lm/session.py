@@ -1,5 +1,6 @@
 """A run of jobs inside Megatron's training loop: what stands in for its data, its step, its log and its checkpoints."""
 
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from ...training.windows import window_shares
 from .base import take_over
 from .checkpoint import Counts, find_checkpoint, read_counts, write_checkpoint
 from .entry import one_line_errors
+from .options import without_effect
 from .patches import Patches, local_layers, training_loop
 from .watch import WatchedProgress
 
@@ -120,6 +122,12 @@ class Session:
         self._progress = WatchedProgress(
             make_progress(is_first=groups.is_first, log_interval=logger.log_interval, log_format=logger.log_format)
         )
+        self._progress.note(
+            f"{len(self.prepared.run.jobs)} jobs on {self.prepared.device}: {self.args.transformer_impl} layers, "
+            f"{self.prepared.backend.name} adapters"
+        )
+        if idle := without_effect(sys.argv[1:]):
+            self._progress.note(f"the run file decides, not {', '.join(idle)}")
         for note in self.prepared.notes:
             self._progress.note(note)
         self.trainer = Trainer(

@@ -13,7 +13,12 @@ from lorafusion_megatron.errors import UserError
 from lorafusion_megatron.integrations.megatron_lm import add_arguments
 from lorafusion_megatron.integrations.megatron_lm.layout import run_with_layout
 from lorafusion_megatron.integrations.megatron_lm.model_options import check_model_options, command_line, model_options
-from lorafusion_megatron.integrations.megatron_lm.options import REFUSALS, check_options
+from lorafusion_megatron.integrations.megatron_lm.options import (
+    REFUSALS,
+    WITHOUT_EFFECT,
+    check_options,
+    without_effect,
+)
 from lorafusion_megatron.models.config import read_model_spec
 from tests import tiny
 
@@ -41,6 +46,10 @@ GIVEN = {
     "--non-persistent-save-interval": "5",
     "--save-retain-interval": "10",
     "--ckpt-step": "3",
+    "--save-activations-interval": "5",
+    "--save-dgrads-interval": "5",
+    "--save-params-interval": "5",
+    "--save-wgrads-interval": "5",
 }
 """Option -> a value that is refused; the other refused options are switches."""
 
@@ -86,6 +95,13 @@ def test_a_refused_option_is_one_of_megatrons_and_is_named(parser, refusal):
 
 def test_megatrons_defaults_are_not_refused(parser):
     check_options(parse(parser))
+
+
+def test_options_without_effect_are_megatrons_and_told_where_they_were_given(parser):
+    known = {option for action in parser._actions for option in action.option_strings}
+    assert set(WITHOUT_EFFECT) <= known
+    words = ["--lr", "1e-3", "--train-iters=10", "--hidden-size", "64", "--lr-wsd-decay-iters", "3"]
+    assert without_effect(words) == ["--train-iters", "--lr"]
 
 
 def test_interleaving_without_overlapping_sends_is_refused(parser):
