@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -109,6 +110,7 @@ def cache_path(device: torch.device) -> Path:
     return folder / f"products-{digest}.json"
 
 
+@cache
 def _name(problem: Problem) -> str:
     return " ".join(f"{key}={value}" for key, value in asdict(problem).items())
 
