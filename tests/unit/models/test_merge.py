@@ -150,8 +150,9 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     arguments = [str(base), str(tmp_path / "adapter"), str(tmp_path / "merged")]
     done = subprocess.run([sys.executable, "-c", PEAK, *arguments], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    # 16 MiB of rows in fp32, their cast, the rows of the file and PyTorch's own start-up; the weights are 370 MB.
-    assert int(done.stdout) * 1024 < 120e6, done.stdout
+    # 16 MiB of rows in fp32, their cast, the rows of the file and the libraries' own start-up (80 to 130 MB in all were
+    # seen, by machine); the weights are 370 MB, so half of them would show a copy.
+    assert int(done.stdout) * 1024 < 185e6, done.stdout
     with safe_open(tmp_path / "merged" / "model.safetensors", framework="pt") as merged:
         assert set(merged.keys()) == shapes.keys()
 
