@@ -75,8 +75,8 @@ def train_run(run: RunConfig) -> int:
         return EXIT_LOST
     finally:
         progress.close()
-        stop.restore()
         parallel.stop()
+        stop.restore()
     return 0 if done else EXIT_STOPPED
 
 

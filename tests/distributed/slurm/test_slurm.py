@@ -154,6 +154,7 @@ def test_a_run_stops_ahead_of_its_time_limit_and_goes_on_in_the_next_attempt(
     warnings = run.output().count("the time limit is near")
     cluster.until(lambda: run.output().count("the time limit is near") > warnings, 60, "no warning came")
     run.freeze(signal.SIGCONT)
+    cluster.command("scontrol", "update", f"JobId={run.number}", "TimeLimit=60")  # one warning is enough
     assert int(run.wait()["Restarts"]) >= 1
     assert "stopped by SIGUSR1; the state is saved" in run.output()
     assert "stopped ahead of the time limit (status 75); back into the queue" in run.output()
