@@ -5,6 +5,7 @@ import sys
 from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
@@ -94,7 +95,7 @@ def _installed() -> "Session | None":
 def _start(args: Namespace) -> None:
     from .release import check_release
 
-    check_release()
+    notes = [note for note in [check_release()] if note]
     from ...config import load_run
     from ...training.setup import prepare
     from .layout import run_with_layout
@@ -106,4 +107,4 @@ def _start(args: Namespace) -> None:
     run = run_with_layout(load_run(args.lorafusion_config, args.lorafusion_set), args)
     prepared = prepare(run)
     check_model_options(args, prepared.spec, run)
-    Session(args, prepared).open()
+    Session(args, replace(prepared, notes=(*notes, *prepared.notes))).open()

@@ -41,8 +41,11 @@ PARAMETERS = {
 """Function of megatron.training.training -> parameters that its stand-in counts on."""
 
 
-def check_release() -> None:
+def check_release() -> str | None:
     """Check that Megatron's training code can be patched.
+
+    Returns:
+        What to tell where another release than the tested one has all that is needed; None where it is that one.
 
     Raises:
         UserError: megatron.training is not installed, or lacks something; the message names the tested release.
@@ -71,6 +74,9 @@ def check_release() -> None:
         missing = [parameter for parameter in parameters if parameter not in there]
         if missing:
             raise _changed(installed, f"{name} takes no {', '.join(missing)}", remedy)
+    if installed == TESTED_RELEASE:
+        return None
+    return f"megatron-core {installed} has what is needed; pretraining scripts were tested with {TESTED_RELEASE}"
 
 
 def _changed(installed: str, what: str, remedy: str) -> UserError:

@@ -107,7 +107,8 @@ class Session:
         """Megatron's DDP wrapper, with the base taken over before it."""
 
         def wrap(chunks: Sequence[torch.nn.Module], *rest: Any, **named: Any) -> Any:
-            device = next(chunks[0].parameters()).device
+            on_gpu = self.prepared.device == "cuda"
+            device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
             groups = parallel.join(device=device, timeout_minutes=self.args.distributed_timeout_minutes)
             with one_line_errors():
                 targets = take_over(chunks, self.prepared, groups)

@@ -11,7 +11,13 @@ from lorafusion_megatron.integrations.megatron_lm.patches import Patch, Patches
 
 def test_the_installed_release_is_the_tested_one_and_passes():
     assert importlib.metadata.version("megatron-core") == release.TESTED_RELEASE
-    release.check_release()
+    assert release.check_release() is None
+
+
+def test_another_release_that_has_everything_is_told_of(monkeypatch):
+    monkeypatch.setattr(release, "version", lambda name: "0.20.0")
+    assert "0.20.0" in release.check_release()
+    assert release.check_release().endswith("were tested with 0.19.2")
 
 
 def test_a_missing_symbol_names_itself_and_the_tested_release(monkeypatch):
