@@ -41,8 +41,8 @@ class CheckpointWriter:
         self.folder, self._jobs, self._adapter_of = folder, jobs, adapter_of
         self._model, self._base_model = model, base_model
         self._keep, self._keep_steps, self._is_first, self._note = keep, keep_steps, is_first, note
-        self.unsaved: set[int] = set()
-        """Jobs whose newest adapter could not be written."""
+        self._written: dict[int, int] = {}
+        """Job -> step of the adapter that was written last by this process."""
         self.last_state: str | None = None
 
     def adapter(self, job: int, step: int, factors: Factors, best: bool) -> None:
@@ -59,10 +59,13 @@ class CheckpointWriter:
             if self._keep_steps:
                 write_adapter(folder / f"step_{step}", spec, self._base_model, tensors)
                 _drop_old_steps(folder, self._keep)
-            self.unsaved.discard(job)
+            self._written[job] = step
         except OSError as error:
-            self.unsaved.add(job)
             self._note(f"{entry.name}: the adapter of step {step} could not be saved ({error}); the run goes on")
+
+    def has_last(self, job: Job) -> bool:
+        """Whether the adapter of a job's newest step was written (rank 0; the saving thread must be idle)."""
+        return self._written.get(job.index) == job.applied
 
     def state(self, item: StateItem) -> None:
         """Write a checkpoint; every rank walks through its jobs, rank 0 writes."""

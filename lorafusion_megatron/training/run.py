@@ -16,6 +16,8 @@ from .progress import Progress, make_progress
 from .setup import Prepared, prepare
 from .signals import EXIT_STOPPED, StopRequest
 
+EXIT_UNSAVED = 73
+"""Exit status where a job's last adapter could not be written (EX_CANTCREAT of sysexits.h)."""
 EXIT_LOST = 1
 """Exit status where another rank does not answer; nothing is saved, since that takes all ranks."""
 
@@ -25,7 +27,7 @@ def train_run(run: RunConfig) -> int:
 
     Returns:
         0 when every job ended; `signals.EXIT_STOPPED` where a signal ended the run after its state was saved;
-        `EXIT_LOST` where another rank was lost.
+        `EXIT_LOST` where another rank was lost; `EXIT_UNSAVED` where a last adapter could not be written.
 
     Raises:
         UserError: the run can't start as it is; no process group was made and nothing was written.
@@ -55,12 +57,19 @@ def train_run(run: RunConfig) -> int:
         )
         for note in (*prepared.notes, *([interface] if interface else [])):
             progress.note(note)
-        done = Trainer(prepared, groups, progress, stop).train()
+        trainer = Trainer(prepared, groups, progress, stop)
+        done = trainer.train()
         _note_memory(prepared, groups, progress)
         if not done and stop.signal is not None:
             progress.note(f"stopped by {stop.signal.name}; the state is saved: start the same command again to go on")
         elif not done:
             progress.note("stopped on another rank's signal; the state is saved: start the same command again to go on")
+        if trainer.unsaved:
+            progress.note(
+                f"the last adapters of {', '.join(trainer.unsaved)} could not be saved: free some space and start the "
+                "same command again"
+            )
+            return EXIT_UNSAVED
     except (RuntimeError, ConnectionError) as error:
         reason = lost_rank(error)
         if reason is None:

@@ -66,10 +66,12 @@ class Trainer:
         )
         self.stopped = False
         """Whether the ranks agreed to stop; the state is saved then."""
+        self.unsaved: list[str] = []
+        """Ended jobs whose last adapter could not be written yet; they stay on the model."""
         resumed = find_resume(prepared.run, groups, self._shape(), progress.note, source=resume_from)
         self.window, self._left = resumed.window, resumed.schedule
         self.roster = Roster(prepared, self.rack, resumed)
-        self.report = RunReport(self.folder, groups, progress, self.jobs, prepared.layers_per_chunk)
+        self.report = RunReport(self.folder, groups, progress, self.jobs, prepared.layers_per_chunk, prepared.spec)
         self.metrics = MetricsLog(self.folder, resumed.applied_by_name()) if groups.is_first else None
         self.loggers = Loggers(self.run, resumed=resumed.path is not None) if groups.is_first else None
         self.inbox = Inbox(self.folder, progress.note)
@@ -132,6 +134,8 @@ class Trainer:
 
     def finish(self, *, complete: bool) -> None:
         """Wait until everything is written, and end. ``complete``: whether every job ended."""
+        if complete:
+            self._release()
         self.checkpoint()
         self.saver.finish()
         self._close(not complete)
@@ -222,18 +226,16 @@ class Trainer:
         ended = [job for job in self.jobs.values() if job.slot is not None and not job.live]
         if not ended:
             return
-        unwritten = [
-            job.index for job in ended if job.status != "finished" or job.reason or job.index in self.writer.unsaved
-        ]
-        unwritten = self.groups.broadcast(unwritten)
+        self.saver.drain()
+        unwritten = self.groups.broadcast([job.index for job in ended if not self.writer.has_last(job)])
         self.saver.expect([SaveItem(wants={index: self.jobs[index].applied}) for index in unwritten])
-        for job in ended:
-            self._offer(job.index)
+        for index in unwritten:
+            self._offer(index)
         self.saver.close_window()
         self.saver.drain()
-        unsaved = self.groups.broadcast(self.writer.unsaved)
+        self.unsaved = self.groups.broadcast([job.name for job in ended if not self.writer.has_last(job)])
         for job in ended:
-            if job.index not in unsaved:
+            if job.name not in self.unsaved:
                 self.rack.unmount(job)
                 job.dataset = job.source = job.eval_dataset = None
 
@@ -339,6 +341,7 @@ class Trainer:
         job = self.jobs[report.job]
         job.losses.append(report.loss)
         if self.metrics and self.loggers and job.source is not None:
+            report = replace(report, extra={**report.extra, **self.report.speed})
             batch = job.source.batch(report.step)
             tokens = sum(sample.tokens for sample in batch.samples)
             counts = {"tokens": tokens, "label_tokens": batch.label_tokens, "samples": len(batch.samples)}

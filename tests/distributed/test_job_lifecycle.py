@@ -228,6 +228,31 @@ def test_a_full_disk_during_a_save_is_told_and_the_run_goes_on(tmp_path):
     assert not [path for path in out.rglob(".*") if path.is_dir()], "nothing half-written is left"
 
 
+def train_without_space_for_adapters(words: list[str]) -> int:
+    """Train where no adapter can ever be written."""
+    import lorafusion_megatron.models.adapter as adapter
+
+    def failing(tensors, path, *args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    adapter.save_file = failing
+    return launch.command(["train", *words])
+
+
+def test_a_last_adapter_that_can_not_be_written_is_not_lost_but_written_by_the_next_start(tmp_path):
+    run_file, out = make(tmp_path, steps=3), tmp_path / "out"
+    wanted = tmp_path / "wanted"
+    launch.train(run_file, f"checkpoint.save={wanted}")
+    full = launch.Ranks(train_without_space_for_adapters, ([str(run_file)],), world=1, folder=tmp_path / "logs")
+    finished = full.wait(60.0)
+    assert finished.statuses == (73,)
+    assert "the last adapters of a, b could not be saved" in finished.outputs[0]
+    assert not (out / "a" / "adapter_model.safetensors").exists()
+    launch.train(run_file)
+    for name in ("a", "b"):
+        assert tiny.same_bits(tiny.adapter(out, name), tiny.adapter(wanted, name))
+
+
 def test_a_run_file_that_changed_an_adapter_does_not_resume(tmp_path, capsys):
     run_file, out = make(tmp_path), tmp_path / "out"
     ranks = background(run_file)
