@@ -81,10 +81,11 @@ def _measure(
 
     from ..scheduler.cost import default_cost_model, split_loads
     from ..scheduler.options import PlanOptions
-    from ..training.bench.measure import Bench, Setting, make_adapters, make_backend, matmul_rate
+    from ..training.bench.measure import Bench, Setting, make_adapters, make_backend
     from ..training.bench.report import rows, summary, table
     from ..training.bench.variants import variants
     from ..training.memory import MemoryOptions, describe, predict_memory
+    from ..training.throughput import matmul_rate
     from ..types import padded
 
     cost = default_cost_model(spec)

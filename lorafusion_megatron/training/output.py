@@ -55,6 +55,7 @@ class MetricsLog:
             "samples": samples,
             "tokens": tokens,
             "label_tokens": label_tokens,
+            **report.extra,
         }
         try:
             self._file.write(json.dumps(line) + "\n")

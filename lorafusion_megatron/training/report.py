@@ -8,10 +8,11 @@ from typing import Any
 from ..mcore.parallel import Groups
 from ..mcore.stream import WindowResult
 from ..scheduler.cost import load_of
-from ..types import Schedule
+from ..types import ModelSpec, Schedule
 from .jobs import Job
 from .output import chrome_trace, write_json
 from .progress import Progress
+from .throughput import Throughput, flops_per_token, matmul_rate
 
 KEPT_SPANS = 100_000
 """Newest spans that the timeline keeps: about 40 MB, however many days a run lasts."""
@@ -26,6 +27,7 @@ class RunReport:
         progress: told of each window.
         jobs: all jobs by index.
         layers_per_chunk: of the model, in the data's order.
+        spec: the base model.
     """
 
     def __init__(
@@ -35,11 +37,16 @@ class RunReport:
         progress: Progress,
         jobs: Mapping[int, Job],
         layers_per_chunk: Sequence[int],
+        spec: ModelSpec,
     ) -> None:
         self._folder, self._groups, self._progress, self._jobs = folder, groups, progress, jobs
         self._layers = layers_per_chunk
         self._spans: deque[dict[str, Any]] = deque(maxlen=KEPT_SPANS)
         self._bubble_share: float | None = None
+        self._flops = flops_per_token(spec)
+        self._peak = matmul_rate(groups.device)
+        self.speed: dict[str, float] = {}
+        """Of the last window: tokens per second and GPU, idle share, share of the GPU's matrix rate (rank 0)."""
 
     def window(self, schedule: Schedule, result: WindowResult) -> None:
         """A window ended: idle share of the stages' time in it, and its part of the timeline."""
@@ -51,6 +58,17 @@ class RunReport:
         busy = sum(r.busy_seconds for *_, r in everyone) / len(everyone)
         self._bubble_share = max(0.0, 1.0 - busy / wall)
         self._progress.window_done(bubble_share=self._bubble_share, seconds=wall)
+        throughput = Throughput(
+            tokens=sum(s.tokens for replica in schedule.replicas for m in replica[: result.cut] for s in m.samples),
+            seconds=wall,
+            processes=len(everyone),
+            flops_per_token=self._flops,
+            peak_flops=self._peak,
+            bubble_share=self._bubble_share,
+        )
+        self.speed = throughput.values()
+        if self._groups.device.type == "cuda":
+            self._progress.note(str(throughput))
         for stage, replica, tensor, part in everyone:
             if not replica and not tensor:
                 self._spans.extend(self._span(stage, span, schedule) for span in part.spans)
@@ -73,6 +91,7 @@ class RunReport:
             "state": state,
             "window": window,
             "bubble_share": self._bubble_share,
+            "speed": self.speed,
             "last_checkpoint": last_checkpoint,
             "jobs": jobs,
         }

@@ -1,7 +1,6 @@
 """Runs the variants on one model in one process group, one after another and again, and keeps what each did."""
 
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -251,21 +250,6 @@ def make_backend(device: torch.device) -> Backend:
     from ...lora.triton_backend import TritonBackend
 
     return TritonBackend()
-
-
-def matmul_rate(device: torch.device, size: int = 8192) -> float:
-    """Flop/s of one large bf16 product, which stands for what the device's matrix units reach."""
-    if device.type != "cuda":
-        return 0.0
-    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
-    for _ in range(3):
-        a @ b
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    for _ in range(20):
-        a @ b
-    torch.cuda.synchronize()
-    return 20 * 2 * size**3 / (time.perf_counter() - started)
 
 
 def _distinct(schedule: Schedule) -> Schedule:

@@ -7,6 +7,7 @@ from typing import Any
 from ...errors import UserError
 from ...types import ModelSpec
 from ..output import chrome_trace
+from ..throughput import flops_per_token
 from .measure import Outcome
 
 COLORS = ("#4c78a8", "#f58518", "#54a24b", "#e45756")
@@ -18,13 +19,6 @@ def best_of(outcomes: Sequence[Outcome], name: str) -> Outcome | None:
     """The fastest outcome among those of a baseline, or of the variant of that name."""
     ran = [o for o in outcomes if name in (o.variant.baseline_of, o.variant.name) and o.seconds]
     return max(ran, key=lambda outcome: outcome.rate, default=None)
-
-
-def flops_per_token(spec: ModelSpec) -> float:
-    """Forward and backward of the frozen model's products, attention left out: 4 flop a parameter and token."""
-    width, groups = spec.num_attention_heads * spec.head_dim, spec.num_query_groups * spec.head_dim
-    layer = spec.hidden_size * (2 * width + 2 * groups) + 3 * spec.hidden_size * spec.ffn_hidden_size
-    return 4.0 * (spec.num_layers * layer + spec.hidden_size * spec.vocab_size)
 
 
 def summary(outcomes: Sequence[Outcome]) -> dict[str, float]:
