@@ -25,7 +25,7 @@ from ..training.setup import Prepared, linear_layouts, prepare
 from ..training.signals import StopRequest
 from ..training.trainer import Trainer
 from ..types import ModelSpec
-from .megatron_lm.base import configure
+from .megatron_lm.base import configure, with_layers_of
 
 
 def train_models(models: Sequence[torch.nn.Module], run: RunConfig) -> bool:
@@ -48,6 +48,7 @@ def train_models(models: Sequence[torch.nn.Module], run: RunConfig) -> bool:
         device=next(models[0].parameters()).device, timeout_minutes=run.runtime.distributed_timeout_minutes
     )
     model = accept_models(models, prepared, groups)
+    prepared = with_layers_of(prepared, [_language_model(chunk) for chunk in models], groups)
     logger, stop = run.logger, StopRequest()
     progress = make_progress(is_first=groups.is_first, log_interval=logger.log_interval, log_format=logger.log_format)
     try:

@@ -1,6 +1,7 @@
 """A script's own model becomes the frozen base: its weights from the run file, the jobs' adapters in its linears."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from ...training.rack import load_and_inject
 from ...training.setup import Prepared
 
 
-def take_over(chunks: Sequence[torch.nn.Module], prepared: Prepared, groups: Groups) -> list[TargetLinear]:
+def take_over(
+    chunks: Sequence[torch.nn.Module], prepared: Prepared, groups: Groups
+) -> tuple[Prepared, list[TargetLinear]]:
     """Freeze a stage's model chunks, fill them with the base model's weights and inject the adapters.
 
     Args:
@@ -24,7 +27,7 @@ def take_over(chunks: Sequence[torch.nn.Module], prepared: Prepared, groups: Gro
         groups: this rank's groups.
 
     Returns:
-        The linears that adapters may target.
+        The run with the layers of the script's own layout, and the linears that adapters may target.
 
     Raises:
         UserError: a chunk is no GPTModel, or the checkpoint doesn't fit.
@@ -33,7 +36,7 @@ def take_over(chunks: Sequence[torch.nn.Module], prepared: Prepared, groups: Gro
     for model in models:
         prepare_base(model, prepared.spec)
         configure(get_model_config(model))
-    return load_and_inject(models, prepared, groups)
+    return with_layers_of(prepared, models, groups), load_and_inject(models, prepared, groups)
 
 
 def configure(config: Any) -> None:
@@ -48,6 +51,21 @@ def configure(config: Any) -> None:
     config.batch_p2p_sync = False
     config.calculate_per_token_loss = True
     config.finalize_model_grads_func = nothing_to_finalize
+
+
+def with_layers_of(prepared: Prepared, models: Sequence[Any], groups: Groups) -> Prepared:
+    """The run with the layers that the chunks really have, which the plan's costs go by; every rank calls it.
+
+    Args:
+        prepared: the checked run.
+        models: this rank's language models, one a virtual stage.
+        groups: this rank's groups.
+    """
+    everyone = groups.gather((groups.pp_rank, [len(model.decoder.layers) for model in models]))
+    by_stage = groups.broadcast(dict(everyone) if everyone else None)
+    stages = range(groups.pp_size)
+    layers = tuple(by_stage[stage][chunk] for chunk in range(len(models)) for stage in stages)
+    return replace(prepared, layers_per_chunk=layers)
 
 
 def nothing_to_finalize(*_: Any, **__: Any) -> None:

@@ -111,7 +111,7 @@ class Session:
             device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
             groups = parallel.join(device=device, timeout_minutes=self.args.distributed_timeout_minutes)
             with one_line_errors():
-                targets = take_over(chunks, self.prepared, groups)
+                self.prepared, targets = take_over(chunks, self.prepared, groups)
                 wrapped = original(chunks, *rest, **named)
                 self._begin(InjectedModel(chunks=wrapped, targets=targets), groups)
             return wrapped

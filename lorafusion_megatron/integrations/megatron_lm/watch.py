@@ -1,11 +1,13 @@
 """What Megatron's log needs to know of a window, watched on its way to whoever shows it."""
 
+from typing import Any
+
 from ...training.progress import Progress
-from ...types import Schedule, StepReport
+from ...types import Schedule
 
 
 class WatchedProgress:
-    """Hands everything on, and keeps the last window's size.
+    """A `Progress` that hands everything on and keeps the last window's size.
 
     Args:
         shown: where it goes.
@@ -25,18 +27,5 @@ class WatchedProgress:
         self.tokens, self.squares = float(sum(lengths)), float(sum(length**2 for length in lengths))
         self._shown.window(schedule, names)
 
-    def step(self, report: StepReport, *, name: str, total: int, tokens: int) -> None:
-        """A job's optimizer step was applied."""
-        self._shown.step(report, name=name, total=total, tokens=tokens)
-
-    def window_done(self, *, bubble_share: float, seconds: float) -> None:
-        """A window ended."""
-        self._shown.window_done(bubble_share=bubble_share, seconds=seconds)
-
-    def note(self, text: str) -> None:
-        """Something worth a line."""
-        self._shown.note(text)
-
-    def close(self) -> None:
-        """The run ended."""
-        self._shown.close()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._shown, name)
