@@ -59,7 +59,7 @@ REFUSALS = (
         option="--transformer-impl",
         attribute="transformer_impl",
         allowed=lambda value: value in ("local", "transformer_engine"),
-        rule="its linears don't train",
+        rule="the other layers can't be trained",
         remedy="use local or transformer_engine",
     ),
     Refusal(option="--spec", attribute="spec", rule="the layers' spec is Megatron's local or Transformer Engine's"),
