@@ -76,17 +76,21 @@ class TwoHostRun:
         hosts: the hosts.
         words: the run file and overrides.
         folder: for the output of both.
+        dynamic: whether they meet as the SLURM scripts do (c10d) instead of by the first one's address (static).
     """
 
-    def __init__(self, hosts: Hosts, words: tuple[str, ...], folder: Path) -> None:
+    def __init__(self, hosts: Hosts, words: tuple[str, ...], folder: Path, *, dynamic: bool = False) -> None:
         folder.mkdir()
         self.logs = {host: folder / f"{host}.log" for host in hosts.names}
         self.processes = {}
         for rank, (host, name) in enumerate(hosts.names.items()):
+            first, own = hosts.ADDRESSES["a"], hosts.ADDRESSES[host]
+            static = (f"--node-rank={rank}", f"--master-addr={first}", "--master-port=29500")
+            c10d = ("--rdzv-backend=c10d", f"--rdzv-endpoint={first}:29501", f"--rdzv-conf=is_host={rank == 0}")
             command = [
                 *("ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run"),
-                *("--nnodes=2", f"--node-rank={rank}", "--nproc-per-node=1"),
-                *(f"--master-addr={hosts.ADDRESSES['a']}", "--master-port=29500"),
+                *("--nnodes=2", "--nproc-per-node=1"),
+                *((*c10d, "--rdzv-id=1", f"--local-addr={own}") if dynamic else static),
                 *("-m", "lorafusion_megatron.train", *words),
             ]
             environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
@@ -175,7 +179,7 @@ def test_a_cut_cable_ends_both_sides_in_time_and_a_new_start_goes_on(
         assert "Trainer" not in run.output(host), "a traceback of the program is no clear error"
 
     hosts.mend()
-    again = TwoHostRun(hosts, words, tmp_path / "logs2")
+    again = TwoHostRun(hosts, words, tmp_path / "logs2", dynamic=True)
     assert again.wait(100) == {"a": 0, "b": 0}, again.output("a") + again.output("b")
     steps = [line for line in metrics.read_text().splitlines() if '"first"' in line]
     assert len(steps) == STEPS
