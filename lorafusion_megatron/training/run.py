@@ -59,6 +59,8 @@ def train_run(run: RunConfig) -> int:
             progress.note(note)
         trainer = Trainer(prepared, groups, progress, stop)
         done = trainer.train()
+        # Launchers end the other ranks when one has left: none leaves before rank 0 has written everything.
+        groups.broadcast(None)
         _note_memory(prepared, groups, progress)
         if not done and stop.signal is not None:
             progress.note(f"stopped by {stop.signal.name}; the state is saved: start the same command again to go on")
