@@ -77,89 +77,97 @@ def _measure(
     args: argparse.Namespace, spec: Any, topology: Any, groups: Any, workloads: list[Any], sizes: list[int]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(workload -> outcomes, what the run was)."""
-    import torch
-
     from ..scheduler.cost import default_cost_model, split_loads
     from ..scheduler.options import PlanOptions
-    from ..training.bench.measure import Bench, Setting, make_adapters, make_backend
+    from ..training.bench.measure import Bench
     from ..training.bench.report import rows, summary, table
     from ..training.bench.variants import variants
-    from ..training.memory import MemoryOptions, describe, predict_memory
     from ..training.throughput import matmul_rate
-    from ..types import padded
 
-    cost = default_cost_model(spec)
-    layout = tuple(_numbers(args.layout, "--layout")) if args.layout else _balanced(spec, args)
-    backend = make_backend(groups.device)
-    setting = Setting(
-        spec=spec,
-        topology=topology,
-        layers_per_chunk=layout,
-        transformer_impl=_transformer(args, groups),
-        dtype=getattr(torch, args.dtype),
-        backend=backend,
-        adapters=make_adapters(4, rank=args.rank, alpha=args.alpha, dropout=args.dropout),
-    )
+    setting = _setting(args, spec, topology, groups)
     options = PlanOptions(
         token_capacity=args.capacity,
-        padding_multiple=padded(1, backend.tile),
+        padding_multiple=setting.backend.tile,
         stages=args.pipeline,
-        cost=cost,
-        loads=split_loads(layout),
+        cost=default_cost_model(spec),
+        loads=split_loads(setting.layers_per_chunk),
     )
-    header = _header(args, spec, layout, setting.transformer_impl, backend.name, matmul_rate(groups.device))
-    if groups.is_first:
-        print(json.dumps(header), flush=True)
+    header = _header(args, setting, matmul_rate(groups.device))
+    started = time.monotonic()
+
+    def tell(text: str) -> None:
+        if groups.is_first:
+            print(f"{time.monotonic() - started:6.1f} s  {text}", flush=True)
+
+    tell(json.dumps(header))
     bench = Bench(setting, groups)
     chosen = [v for v in variants(args.capacity, sizes) if _wanted(v, args.only)]
     results: dict[str, Any] = {}
-    started = time.monotonic()
     for workload in workloads:
         if groups.broadcast(args.seconds is not None and time.monotonic() - started > args.seconds):
             break
-        outcomes = bench.run(
-            workload, chosen, options, repeats=args.repeats, baseline_tokens=args.baseline_tokens
-        )  # fmt: skip
-        results[workload.name] = outcomes
+        results[workload.name] = outcomes = bench.run(
+            workload, chosen, options, repeats=args.repeats, baseline_tokens=args.baseline_tokens, tell=tell
+        )
         if groups.is_first:
-            ratios = summary(outcomes)
             print(f"\n{workload.name}", table(rows(outcomes, spec, args.pipeline, header["matmul_flops"])), sep="\n")
-            print("  ".join(f"{name} {value:.3f}" for name, value in ratios.items()), flush=True)
+            print("  ".join(f"{name} {value:.3f}" for name, value in summary(outcomes).items()) + "\n", flush=True)
             if args.out:  # after every workload: a run that is cut off leaves what it has
                 _write_json(Path(args.out), header, results)
     if groups.is_first:
-        sizes_of = MemoryOptions(
-            layers_per_chunk=layout,
-            stages=args.pipeline,
-            token_capacity=args.capacity,
-            dtype_bytes=setting.dtype.itemsize,
-        )
-        measured = [o.peak_bytes for found in results.values() for o in found if o.variant.name == "both"]
-        peaks = {stage: max(peak[stage] for peak in measured) for stage in range(args.pipeline)} if measured else None
-        print("\nmemory of 'both' (and the eager adapters beside it)")
-        print(describe(predict_memory(spec, list(setting.adapters.values()), sizes_of), peaks), flush=True)
+        print(_memory(args, setting, results), flush=True)
     return results, header
 
 
-def _header(
-    args: argparse.Namespace, spec: Any, layout: tuple[int, ...], transformer: str, backend: str, matmul: float
-) -> dict[str, Any]:
+def _setting(args: argparse.Namespace, spec: Any, topology: Any, groups: Any) -> Any:
+    import torch
+
+    from ..training.bench.measure import Setting, make_adapters, make_backend
+
+    return Setting(
+        spec=spec,
+        topology=topology,
+        layers_per_chunk=tuple(_numbers(args.layout, "--layout")) if args.layout else _balanced(spec, args),
+        transformer_impl=_transformer(args, groups),
+        dtype=getattr(torch, args.dtype),
+        backend=make_backend(groups.device),
+        adapters=make_adapters(4, rank=args.rank, alpha=args.alpha, dropout=args.dropout),
+    )
+
+
+def _memory(args: argparse.Namespace, setting: Any, results: dict[str, Any]) -> str:
+    """Predicted and measured peaks of "both", a line a stage."""
+    from ..training.memory import MemoryOptions, describe, predict_memory
+
+    options = MemoryOptions(
+        layers_per_chunk=setting.layers_per_chunk,
+        stages=args.pipeline,
+        token_capacity=args.capacity,
+        dtype_bytes=setting.dtype.itemsize,
+    )
+    measured = [o.peak_bytes for found in results.values() for o in found if o.variant.name == "both" and o.peak_bytes]
+    peaks = {stage: max(peak[stage] for peak in measured) for stage in range(args.pipeline)} if measured else None
+    predicted = predict_memory(setting.spec, list(setting.adapters.values()), options)
+    return "memory of 'both' (and the eager adapters beside it)\n" + describe(predicted, peaks)
+
+
+def _header(args: argparse.Namespace, setting: Any, matmul: float) -> dict[str, Any]:
     import torch
 
     return {
         "model": args.model,
-        "layers_per_stage": layout,
+        "layers_per_stage": setting.layers_per_chunk,
         "gpus": args.pipeline,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
-        "transformer_impl": transformer,
-        "backend": backend,
+        "transformer_impl": setting.transformer_impl,
+        "backend": setting.backend.name,
         "capacity": args.capacity,
         "batch_size": args.batch_size,
         "rank": args.rank,
         "alpha": args.alpha,
         "dropout": args.dropout,
-        "vocabulary": spec.vocab_size,
+        "vocabulary": setting.spec.vocab_size,
         "matmul_flops": matmul,
     }
 

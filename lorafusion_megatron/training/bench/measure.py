@@ -1,7 +1,7 @@
 """Runs the variants on one model in one process group, one after another and again, and keeps what each did."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,6 +108,7 @@ class Bench:
         *,
         repeats: int,
         baseline_tokens: int,
+        tell: Callable[[str], None] = lambda text: None,
     ) -> list[Outcome]:
         """Measure every variant ``repeats`` times, in turn.
 
@@ -117,6 +118,7 @@ class Bench:
             options: for this package's planner.
             repeats: timed runs of each.
             baseline_tokens: about how many tokens a flushed variant trains: its steps don't depend on each other.
+            tell: told of every run as it ends, so that a benchmark that is cut off has said something.
         """
         outcomes = []
         for variant in variants:
@@ -125,10 +127,12 @@ class Bench:
             outcomes.append(Outcome(variant=variant, plan=make_plan(variant, part, options), tokens=part.tokens))
         for outcome in outcomes:
             self._guarded(outcome, workload, _distinct(outcome.plan.schedule))
+            tell(f"{workload.name}, {outcome.variant.name}: warm")
         for repeat in range(repeats):
             for outcome in outcomes:
                 if not outcome.failure:
                     self._guarded(outcome, workload, None, keep_spans=repeat == repeats - 1)
+                    tell(f"{workload.name}, {outcome.variant.name}: {outcome.rate:,.0f} tokens/s")
         return outcomes
 
     def _guarded(
