@@ -1,9 +1,11 @@
 """Steps decided on the device, with norms that ride on the pipeline's messages: the same adapters, on gloo and CPU."""
 
+import os
 from pathlib import Path
 
 import pytest
 
+from lorafusion_megatron.training.signals import EXIT_STOPPED
 from tests import launch
 from tests.oracle.case import TOLERANCE, OracleCase, make_case
 
@@ -22,12 +24,17 @@ def case(tmp_path_factory) -> OracleCase:
     return make_case(tmp_path_factory.mktemp("case"), arch="qwen2", seed=5)
 
 
-def train_on_device(words: list[str]) -> int:
-    """The command line with the steps that a GPU run has."""
+def train_on_device(words: list[str], stop_at_vote: int | None = None) -> int:
+    """The command line with the steps that a GPU run has; the last rank may wish to stop at one of the votes."""
     import lorafusion_megatron.training.rack as rack
     from lorafusion_megatron.mcore.device_steps import DeviceSteps
 
     rack.make_steps = lambda job, shard, rule, groups, chunks=1: DeviceSteps(job, shard, rule, groups)
+    if stop_at_vote is not None and os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
+        from lorafusion_megatron.training.signals import StopRequest
+
+        votes = iter(range(1, 1_000_000))
+        StopRequest.wished = lambda self: next(votes) >= stop_at_vote  # type: ignore[method-assign]
     return launch.command(["train", *words])
 
 
@@ -47,3 +54,22 @@ def test_kept_steps_come_with_their_losses(case, tmp_path):
     launch.Ranks(train_on_device, (arguments,), world=1, folder=tmp_path / "logs").wait().check()
     for job in sorted(Path(out).glob("job*")):
         assert len(list(job.glob("step_*"))) >= 6
+
+
+@pytest.mark.parametrize("layout", ["PP2", "PP2 flushed"])
+def test_a_stop_inside_a_window_drains_the_mail_and_a_resume_ends_where_an_unbroken_run_does(case, tmp_path, layout):
+    world, words = LAYOUTS[layout]
+    words = [str(case.run_file), *words]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    launch.Ranks(
+        train_on_device, ([*words, f"checkpoint.save={whole}"],), world=world, folder=tmp_path / "logs1"
+    ).wait().check()
+    arguments = [*words, f"checkpoint.save={broken}"]
+    stopped = launch.Ranks(train_on_device, (arguments, 2), world=world, folder=tmp_path / "logs2").wait()
+    assert stopped.statuses == (EXIT_STOPPED,) * world, stopped.outputs[0][-2000:]
+    done = len((broken / "metrics.jsonl").read_text().splitlines())
+    assert 0 < done < len((whole / "metrics.jsonl").read_text().splitlines())
+    launch.Ranks(train_on_device, (arguments,), world=world, folder=tmp_path / "logs3").wait().check()
+    for job in ("job0", "job1", "job2"):
+        for name in ("adapter_model.safetensors", "losses.json"):
+            assert (broken / job / name).read_bytes() == (whole / job / name).read_bytes(), (job, name)
