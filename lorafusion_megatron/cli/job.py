@@ -24,10 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("cancel", "end a job; its latest adapter is written"),
     ):
         sub = actions.add_parser(action, help=text)
-        sub.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+        sub.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the run's checkpoint.save folder")
         sub.add_argument("name", metavar="JOB", help="the job's name")
     listing = actions.add_parser("list", help="list the jobs and the requests that wait")
-    listing.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    listing.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the run's checkpoint.save folder")
 
 
 def run(args: argparse.Namespace) -> int:

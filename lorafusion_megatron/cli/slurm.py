@@ -178,10 +178,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("run_file", metavar="RUN.yaml", help="the run file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the run file")
-    parser.add_argument("--nodes", type=int, required=True, metavar="N")
+    parser.add_argument("--nodes", type=int, required=True, metavar="N", help="hosts")
     parser.add_argument("--gpus-per-node", type=int, required=True, metavar="N", help="0 for a CPU run")
     parser.add_argument("--processes-per-node", type=int, metavar="N", help="default: one per GPU")
-    parser.add_argument("--cpus-per-process", type=int, default=4, metavar="N", help="default 4")
+    parser.add_argument("--cpus-per-process", type=int, default=4, metavar="N", help="CPUs of each process (default 4)")
     parser.add_argument(
         "--launcher",
         choices=("torchrun", "srun"),
@@ -196,9 +196,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="seconds before the time limit at which the run saves, ends and is queued again (default 180)",
     )
-    parser.add_argument("--job-name", default="lorafusion", metavar="NAME")
+    parser.add_argument("--job-name", default="lorafusion", metavar="NAME", help="default lorafusion")
     for option in ("partition", "account", "qos"):
-        parser.add_argument(f"--{option}", metavar="NAME")
+        parser.add_argument(f"--{option}", metavar="NAME", help=f"sbatch's own --{option}")
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="a further option, --sbatch=--mem=0; repeatable"
     )

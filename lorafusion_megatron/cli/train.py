@@ -6,7 +6,7 @@ import os
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("run_file", metavar="RUN.yaml")
+    parser.add_argument("run_file", metavar="RUN.yaml", help="the run file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the run file")
 
 
