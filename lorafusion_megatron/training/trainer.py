@@ -162,9 +162,7 @@ class Trainer:
         for index in self.rack.steps:
             self._offer(index)
         self.progress.window(rest, self.roster.names)
-        vote = StopVote(
-            self.groups, self.stop.wished, lead=2 * pipeline * chunks, interval=max(8, 2 * pipeline * chunks)
-        )
+        vote = StopVote(self.groups, self.stop.wished, lead=2 * pipeline * chunks, interval=2 * pipeline * chunks)
         result = self.runner.run(
             rest,
             lambda: prefetch(self._batches(rest, applied), self.groups.device),
