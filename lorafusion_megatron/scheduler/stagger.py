@@ -39,8 +39,8 @@ MOST_THRESHOLD = 0.2
 """Of the first threshold of annealing, which is twice the idle share: a better stream bears less disorder."""
 MOST_ROUNDS = 4000
 """Rounds of annealing; with twice as many the idle share falls by 0.3 points at most, *measured*."""
-SAMPLE_ROUNDS = 12_000_000
-"""Samples times rounds: 25,600 samples stay within 5 s."""
+SAMPLE_ROUNDS = 10_000_000
+"""Samples times rounds: the time of a large window grows with its samples alone."""
 MOST_JOBS = 64
 """With more jobs there is always one to fill a position, and the arrays of annealing grow with their number."""
 TRIAL_SAMPLES = 1024
@@ -81,6 +81,8 @@ def staggered_rows(batches: Sequence[Sequence[GlobalBatch]], options: PlanOption
         if _lost_share(rows, options, weights) <= least:
             break
         rows = level_rows(rows, options, weights)
+        if _lost_share(rows, options, weights) > FEWER_FROM and _can_anneal(batches, options):
+            break
     if _lost_share(rows, options, weights) > ANNEAL_FROM and _can_anneal(batches, options):
         return _annealed(rows, batches, options, weights)
     return rows
@@ -102,7 +104,7 @@ def _annealed(
         starts.append(_flow(_Candidate(FEWER, False), batches, options, weights))
     samples = sum(len(batch.samples) for job in batches for batch in job)
     rounds = min(MOST_ROUNDS, 2 * samples, SAMPLE_ROUNDS // samples)
-    found = [rows]
+    found = []
     for start in starts:
         annealed = anneal_rows(
             start,
@@ -113,8 +115,9 @@ def _annealed(
             rounds=max(1, rounds),
             threshold=min(MOST_THRESHOLD, 2 * lost),
         )
-        found.append(level_rows(annealed, options, weights))
-    return min(found, key=lambda stream: _simulated_seconds(stream, options))
+        found.append(annealed)
+    best = min(found, key=lambda stream: predict_seconds(stream, options, weights))
+    return min(rows, level_rows(best, options, weights), key=lambda stream: _simulated_seconds(stream, options))
 
 
 def _best_candidate(
