@@ -29,8 +29,8 @@ ENOUGH = 0.015
 """Idle share, beside filling and draining the pipeline, at which full microbatches are taken without a search."""
 LEVEL_FROM = 0.01
 """Idle share from which samples and positions are moved: below, there is little to gain."""
-ANNEAL_FROM = 0.03
-"""Idle share from which the stream is annealed, which takes about as long as all the rest."""
+ANNEAL_FROM = 0.02
+"""Idle share, beside filling and draining, from which the stream is annealed: about as long as all the rest takes."""
 FEWER_FROM = 0.1
 """Idle share from which fewer, longer microbatches are annealed as well: before it they are the worse ones."""
 FEWER = 1.5
