@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from ..training.bench.workloads import make_workload, shape
     from ..training.setup import world_size
     from ..types import Topology
+    from .bench_common import numbers
 
     spec = shape(args.model, args.layers)
     if world_size() != args.pipeline:
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
             remedy=f"start with torchrun --nproc-per-node {args.pipeline}",
             key="--pipeline",
         )
-    sizes = _numbers(args.sizes, "--sizes")
+    sizes = numbers(args.sizes, key="--sizes")
     longest = min(4096, args.capacity // 64 * 64)
     workloads = [
         make_workload(name, tokens=args.tokens, batch_size=args.batch_size, vocab_size=spec.vocab_size, longest=longest)
@@ -123,11 +124,12 @@ def _setting(args: argparse.Namespace, spec: Any, topology: Any, groups: Any) ->
     import torch
 
     from ..training.bench.measure import Setting, make_adapters, make_backend
+    from .bench_common import numbers
 
     return Setting(
         spec=spec,
         topology=topology,
-        layers_per_chunk=tuple(_numbers(args.layout, "--layout")) if args.layout else _balanced(spec, args),
+        layers_per_chunk=tuple(numbers(args.layout, key="--layout")) if args.layout else _balanced(spec, args),
         transformer_impl=_transformer(args, groups),
         dtype=getattr(torch, args.dtype),
         backend=make_backend(groups.device),
@@ -221,12 +223,3 @@ def _transformer(args: argparse.Namespace, groups: Any) -> str:
 
 def _wanted(variant: Any, only: str | None) -> bool:
     return only is None or any(word in (variant.name, variant.baseline_of) for word in only.split(","))
-
-
-def _numbers(text: str, key: str) -> list[int]:
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise UserError(
-            f"{text!r}", rule="must be numbers with commas between", remedy="e.g. 2048,4096", key=key
-        ) from None

@@ -293,6 +293,7 @@ class _Bar:
         self.progress: Any = None
 
     def advance(self, steps: int) -> None:
+        """``steps`` more optimizer steps are planned."""
         self.done += steps
         if self.progress is None and time.perf_counter() - self.started > 1.0 and sys.stderr.isatty():
             from rich.console import Console

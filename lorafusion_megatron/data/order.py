@@ -78,6 +78,21 @@ class GlobalBatches:
             out[here] = self._order(epoch)[places[here]]
         return out
 
+    def counts(self, step: int) -> dict[str, int]:
+        """``samples``, ``tokens`` and ``label_tokens`` of `batch`, without making its samples.
+
+        Raises:
+            ValueError: the job has no such step.
+        """
+        rows = self.rows(step)
+        labels = self.dataset.label_tokens[rows]
+        used = labels > 0
+        return {
+            "samples": int(used.sum()),
+            "tokens": int(self.dataset.lengths[rows][used].sum()),
+            "label_tokens": int(labels.sum()),
+        }
+
     def batch(self, step: int) -> GlobalBatch:
         """The global batch of ``step``, without its rows that have no label token.
 

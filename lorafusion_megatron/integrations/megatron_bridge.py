@@ -4,7 +4,6 @@ Linears are taken over by their type, wherever they stand, so a GPTModel, a Hybr
 a wrapped one will do. Nothing here imports Megatron-Bridge.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from ..mcore.inject import inject
 from ..mcore.parallel import Groups
 from ..training.progress import make_progress
 from ..training.rack import InjectedModel
-from ..training.setup import Prepared, linear_layouts, prepare
+from ..training.setup import Prepared, linear_layouts, prepare, world_size
 from ..training.signals import StopRequest
 from ..training.trainer import Trainer
 from ..types import ModelSpec
@@ -117,7 +116,7 @@ def _numbering(model: Any) -> Callable[[Any], int] | None:
 
 
 def _check_layout(run: RunConfig) -> None:
-    topology = run.topology(int(os.environ.get("WORLD_SIZE", "1")))
+    topology = run.topology(world_size())
     for key, ours, theirs in (
         (
             "tensor_model_parallel_size",

@@ -57,6 +57,7 @@ class LoraLinearFunction(torch.autograd.Function):
         routing: Routing,
         backend: Backend,
     ) -> torch.Tensor:
+        """The arguments are `lora_linear`'s, with x ``[tokens, in]``; y ``[tokens, out]``."""
         y, s = backend.forward(x, weight, bias, adapters, routing)
         # Without an adapter on this linear nothing but the weight is needed.
         ctx.save_for_backward(None if s is None else x, weight, s)

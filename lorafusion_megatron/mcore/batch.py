@@ -143,14 +143,6 @@ def host_batch(
     )
 
 
-def device_batch(
-    packed: PackedArrays, *, seeds: Mapping[int, int], slots: Mapping[int, int], tile: int, device: torch.device
-) -> DeviceBatch:
-    """`host_batch` and its copy in one, for single microbatches."""
-    pinned = device.type == "cuda"
-    return host_batch(packed, seeds=seeds, slots=slots, tile=tile, pinned=pinned).to(device)[0]
-
-
 def length_bucket(tokens: int) -> int:
     """The power of two from `SHORTEST` on that holds ``tokens``.
 

@@ -108,12 +108,8 @@ class DeviceSteps(AdapterSteps):
         """Start ``step``; its last microbatch has just run backward on this stage."""
         assert self._waiting is None
         assert step == self.applied + 1
-        groups, shared = self.groups, self.shard.num_replicated
-        if groups.tp_size > 1:
-            if shared:
-                dist.all_reduce(self.shard.grad[:shared], group=groups.tensor)
-            if groups.tp_rank:
-                self.shard.loss.zero_()
+        groups = self.groups
+        self._sum_replicated()
         if self._side is not None:
             self._reduce_aside(step, self._side)
             return
@@ -163,16 +159,6 @@ class DeviceSteps(AdapterSteps):
         self._bad.fill_(counters.bad_steps)
         self._stop.fill_(counters.stopped)
         return moments
-
-    def discard_gradient(self) -> None:
-        """As `AdapterSteps.discard_gradient`."""
-        assert self._waiting is None
-        self.shard.grad.zero_()
-
-    def _own_sums(self) -> torch.Tensor:
-        grad = self.shard.grad
-        counted = grad[self.shard.num_replicated if self.groups.tp_rank else 0 : -1]
-        return torch.stack((torch.linalg.vector_norm(counted, dtype=torch.float64).square(), grad[-1].double()))
 
     def _reduce_aside(self, step: int, side: torch.cuda.Stream) -> None:
         main = torch.cuda.current_stream()

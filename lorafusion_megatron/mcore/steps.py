@@ -124,7 +124,7 @@ class AdapterSteps:
 
     def discard_gradient(self) -> None:
         """Forget what microbatches of an unfinished step left."""
-        assert self._pending is None
+        assert not self.pending
         self.shard.grad.zero_()
 
     def _moments(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,16 +149,10 @@ class AdapterSteps:
         """Start the reductions of ``step``; its last microbatch has just run backward on this stage."""
         assert self._pending is None
         assert step == self.applied + 1
-        grad, shared = self.shard.grad, self.shard.num_replicated
-        if self.groups.tp_size > 1:
-            if shared:
-                dist.all_reduce(grad[:shared], group=self.groups.tensor)
-            if self.groups.tp_rank:
-                self.shard.loss.zero_()  # every tensor rank of the last stage computed the same loss
+        self._sum_replicated()
         if self.groups.dp_size > 1:
-            dist.all_reduce(grad, group=self.groups.data)
-        counted = grad[shared if self.groups.tp_rank else 0 : -1]
-        sums = torch.stack((torch.linalg.vector_norm(counted, dtype=torch.float64).square(), grad[-1].double()))
+            dist.all_reduce(self.shard.grad, group=self.groups.data)
+        sums = self._own_sums()
         work = None
         if self.groups.tp_size * self.groups.pp_size > 1:
             work = dist.all_reduce(sums, group=self.groups.model, async_op=True)
@@ -187,6 +181,21 @@ class AdapterSteps:
         return StepReport(
             job=self.job, step=pending.step, loss=loss, grad_norm=norm, lr=lr, skipped=not finite or self.stopped
         )
+
+    def _sum_replicated(self) -> None:
+        """Sum over TP what every tensor rank holds alike; the loss, which each of them computed, counts once."""
+        if self.groups.tp_size == 1:
+            return
+        if self.shard.num_replicated:
+            dist.all_reduce(self.shard.grad[: self.shard.num_replicated], group=self.groups.tensor)
+        if self.groups.tp_rank:
+            self.shard.loss.zero_()
+
+    def _own_sums(self) -> torch.Tensor:
+        """fp64 ``[2]``: square of this rank's part of the norm, replicated factors on one tensor rank; loss."""
+        grad = self.shard.grad
+        counted = grad[self.shard.num_replicated if self.groups.tp_rank else 0 : -1]
+        return torch.stack((torch.linalg.vector_norm(counted, dtype=torch.float64).square(), grad[-1].double()))
 
     def _step(self, norm: float, lr: float) -> None:
         self.optimizer_steps += 1

@@ -180,6 +180,7 @@ class _Flow:
             pool = [pool[index * (len(pool) - 1) // 47] for index in range(48)]
 
         def padded_weight(chosen: tuple[int, ...]) -> float | None:
+            """Weight of the microbatch with these samples of the pool too; None where they don't fit."""
             rows = dict(microbatch.rows)
             squares = microbatch.squares
             for index in chosen:

@@ -63,12 +63,6 @@ class Inbox:
             events.append({"window": window, **event})
         return events
 
-    def forget_after(self, window: int) -> None:
-        """Drop decisions of windows that a resume from an older run does not have (a fresh start: window -1)."""
-        kept = [event for event in self._recorded() if event["window"] <= window]
-        if self._log.exists():
-            self._log.write_text("".join(json.dumps(event) + "\n" for event in kept))
-
     def _requests(self) -> list[Path]:
         inbox = self.folder / "inbox"
         if not inbox.is_dir():

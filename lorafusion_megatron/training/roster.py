@@ -28,7 +28,13 @@ class Roster:
         self.jobs: dict[int, Job] = {}
         for index, config in enumerate(self.run.jobs):
             record = resumed.record(index)
-            job = Job(index=index, config=config, dataset=prepared.datasets.get(config.name), source=None)
+            job = Job(
+                index=index,
+                config=config,
+                dataset=prepared.datasets.get(config.name),
+                eval_dataset=prepared.eval_datasets.get(config.name),
+                source=None,
+            )
             self.jobs[index] = job
             if record is not None:
                 job.status, job.reason, job.added = record["status"], record["reason"], record["added"]
@@ -73,11 +79,12 @@ class Roster:
         counters = resumed.counters(job.index) if resumed else None
         if counters is None and job.status == "finished":
             _check_not_longer(job)
-            job.dataset = job.source = None
+            job.dataset = job.source = job.eval_dataset = None
             return
         if job.status == "finished" and job.applied < job.num_steps and not job.reason:
             job.status = "running"  # the run file gives it more steps than it had
-        job.eval_dataset = load_eval_dataset(self.run, job.index, vocab_size=vocabulary)
+        if job.eval_dataset is None:
+            job.eval_dataset = load_eval_dataset(self.run, job.index, vocab_size=vocabulary)
         self._rack.mount(job, self.adapter_spec(job.index), resumed.path if resumed else None, counters)
 
 

@@ -62,10 +62,9 @@ def train_run(run: RunConfig) -> int:
         # Launchers end the other ranks when one has left: none leaves before rank 0 has written everything.
         groups.broadcast(None)
         _note_memory(prepared, groups, progress)
-        if not done and stop.signal is not None:
-            progress.note(f"stopped by {stop.signal.name}; the state is saved: start the same command again to go on")
-        elif not done:
-            progress.note("stopped on another rank's signal; the state is saved: start the same command again to go on")
+        if not done:
+            who = f"by {stop.signal.name}" if stop.signal is not None else "on another rank's signal"
+            progress.note(f"stopped {who}; the state is saved: start the same command again to go on")
         if trainer.unsaved:
             progress.note(
                 f"the last adapters of {', '.join(trainer.unsaved)} could not be saved: free some space and start the "
@@ -76,19 +75,23 @@ def train_run(run: RunConfig) -> int:
         reason = lost_rank(error)
         if reason is None:
             raise
-        rank, host = os.environ.get("RANK", "0"), socket.gethostname()
-        print(
-            f"lorafusion-megatron: rank {rank} on {host} lost another rank, or the network to it ({reason}); "
-            "start the same command again to go on from the last checkpoint",
-            file=sys.stderr,
-            flush=True,
-        )
+        _tell_lost(reason)
         return EXIT_LOST
     finally:
         progress.close()
         parallel.stop()
         stop.restore()
     return 0 if done else EXIT_STOPPED
+
+
+def _tell_lost(reason: str) -> None:
+    rank, host = os.environ.get("RANK", "0"), socket.gethostname()
+    print(
+        f"lorafusion-megatron: rank {rank} on {host} lost another rank, or the network to it ({reason}); "
+        "start the same command again to go on from the last checkpoint",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _note_memory(prepared: Prepared, groups: Any, progress: Progress) -> None:

@@ -27,6 +27,8 @@ class Prepared:
     topology: Topology
     datasets: dict[str, JobDataset]
     """Training rows of each job of the run file, by name."""
+    eval_datasets: dict[str, JobDataset]
+    """Validation rows of those that have some, by name."""
     device: str
     transformer_impl: str
     transformer_reason: str
@@ -65,7 +67,8 @@ def prepare(run: RunConfig) -> Prepared:
         run=run,
         spec=spec,
         topology=topology,
-        datasets={run.jobs[index].name: dataset for index, dataset in inputs.datasets.items()},
+        datasets={run.jobs[index].name: rows for index, rows in inputs.datasets.items()},
+        eval_datasets={run.jobs[index].name: rows for index, rows in inputs.eval_datasets.items()},
         notes=(*inputs.notes, *advice),
         device=device,
         transformer_impl=transformer_impl,

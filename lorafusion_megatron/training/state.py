@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..mcore.gather import Factors
+from ..models.files import flush
 from ..types import Microbatch, Sample, Schedule, StepEnd
 
 FORMAT = 1
@@ -57,12 +58,12 @@ class StateWriter:
         """Write the manifest and give the checkpoint its name."""
         file = self._temporary / "manifest.json"
         file.write_text(json.dumps({"format": FORMAT, **manifest, "files": self._files}, indent=1))
-        _flush(file)
-        _flush(self._temporary)
+        flush(file)
+        flush(self._temporary)
         if self.path.exists():  # a damaged one of the same number, which a resume passed over
             shutil.rmtree(self.path)
         self._temporary.rename(self.path)
-        _flush(self.path.parent)
+        flush(self.path.parent)
         return self.path
 
     def discard(self) -> None:
@@ -70,7 +71,7 @@ class StateWriter:
         shutil.rmtree(self._temporary, ignore_errors=True)
 
     def _seal(self, file: Path) -> None:
-        _flush(file)
+        flush(file)
         self._files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
 
 
@@ -193,11 +194,3 @@ def decode_schedule(path: Path) -> Schedule:
 def _sha256(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

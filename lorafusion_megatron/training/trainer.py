@@ -14,7 +14,6 @@ from ..mcore.batch import HostBatch, host_batch
 from ..mcore.parallel import Groups
 from ..mcore.stop import StopVote
 from ..mcore.stream import DeviceBatch, StreamRunner
-from ..scheduler.options import PlanOptions
 from ..scheduler.trim import trim_schedule
 from ..scheduler.windows import WindowPlanner
 from ..types import GlobalBatch, Microbatch, Schedule, StepReport
@@ -248,12 +247,12 @@ class Trainer:
             return None
         schedule = None
         if self.groups.is_first:
-            schedule = self.planner.take(batches, self._options())
+            schedule = self.planner.take(batches, self.prepared.plan_options)
             if self.run.runtime.schedule != "sequential":
                 self.progress.note(f"predicted {self.planner.speedup:.2f} times as fast as one job after the other")
             following = self._next_batches(applied | {job[-1].job: job[-1].step for job in batches})
             if following:
-                self.planner.prepare(following, self._options())
+                self.planner.prepare(following, self.prepared.plan_options)
         return self.groups.broadcast(schedule)
 
     def _next_batches(self, applied: dict[int, int]) -> list[list[GlobalBatch]]:
@@ -284,9 +283,6 @@ class Trainer:
         """Mean tokens of a job's global batch."""
         assert job.dataset is not None
         return float(job.dataset.lengths.mean()) * job.config.train.global_batch_size
-
-    def _options(self) -> PlanOptions:
-        return self.prepared.plan_options
 
     def _batches(self, schedule: Schedule, applied: dict[int, int]) -> Iterator[HostBatch]:
         """This replica's microbatches, in order; samples of steps that are done already have weight 0."""
@@ -340,12 +336,10 @@ class Trainer:
         job.losses.append(report.loss)
         if self.metrics and self.loggers and job.source is not None:
             report = replace(report, extra={**report.extra, **self.report.speed})
-            batch = job.source.batch(report.step)
-            tokens = sum(sample.tokens for sample in batch.samples)
-            counts = {"tokens": tokens, "label_tokens": batch.label_tokens, "samples": len(batch.samples)}
+            counts = job.source.counts(report.step)
             self.metrics.step(report, name=job.name, **counts)
             self.loggers.step(report, name=job.name, **counts)
-            self.progress.step(report, name=job.name, total=job.num_steps, tokens=tokens)
+            self.progress.step(report, name=job.name, total=job.num_steps, tokens=counts["tokens"])
 
     def _evaluate(self) -> None:
         """Validate the jobs that are due, with the pipeline empty."""
@@ -353,7 +347,9 @@ class Trainer:
         datasets = {index: dataset for index, dataset in due.items() if dataset is not None}
         if not datasets:
             return
-        schedule = self.groups.broadcast(plan_evaluation(datasets, self._options()) if self.groups.is_first else None)
+        schedule = self.groups.broadcast(
+            plan_evaluation(datasets, self.prepared.plan_options) if self.groups.is_first else None
+        )
         microbatches = schedule.replicas[self.groups.dp_rank]
         sums = self.runner.evaluate(
             lambda: prefetch(
@@ -405,15 +401,9 @@ class Trainer:
 
     def _shape(self) -> dict[str, Any]:
         """What a schedule is made for: one that was made for another shape is not gone on with."""
-        topology, options = self.prepared.topology, self._options()
-        return {
-            "stages": topology.pipeline_parallel,
-            "virtual_stages": options.virtual_stages,
-            "replicas": topology.data_parallel,
-            "token_capacity": options.token_capacity,
-            "padding_multiple": options.padding_multiple,
-            "schedule": options.schedule,
-        }
+        options = self.prepared.plan_options
+        names = ("stages", "virtual_stages", "replicas", "token_capacity", "padding_multiple", "schedule")
+        return {name: getattr(options, name) for name in names}
 
     def _all_applied(self) -> dict[int, int]:
         return {index: job.applied for index, job in self.jobs.items()}

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lorafusion_megatron.types import GlobalBatch, ModelSpec, Sample
+from lorafusion_megatron.training.bench.workloads import SHAPES
+from lorafusion_megatron.types import GlobalBatch, Sample
 
 LOGNORMAL = {"xsum": (359 + 25, 0.734), "cnn": (777 + 59, 0.481), "wikisum": (1.25 * 1435 * math.exp(-0.125), 0.5)}
 """Data set -> (median, sigma)."""
@@ -27,19 +28,7 @@ WORKLOADS = {
     "each": ("xsum", "cnn", "wikisum", "mix"),
 }
 """Workload -> data set of each of its jobs; mix draws each sample from one of the three."""
-LLAMA_70B = ModelSpec(
-    family="llama",
-    num_layers=80,
-    hidden_size=8192,
-    ffn_hidden_size=28672,
-    num_attention_heads=64,
-    num_query_groups=8,
-    head_dim=128,
-    vocab_size=128256,
-    max_position_embeddings=131072,
-    norm_epsilon=1e-5,
-    rope_theta=500000.0,
-)
+LLAMA_70B = SHAPES["llama-3.1-70b"]
 
 
 def draw_lengths(rng: np.random.Generator, data_set: str, count: int) -> np.ndarray:

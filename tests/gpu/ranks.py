@@ -7,6 +7,10 @@ from typing import Any
 import torch
 import yaml
 
+BF16_MARGIN = 1.5
+"""How much further from fp32 than PEFT's own bf16 run this package's may be: adapters are rounded to bf16 here, where
+PEFT keeps them in fp32, and the kernels order their sums otherwise."""
+
 
 def train_and_watch(words: list[str], out: str) -> int:
     """Train as the command line does; keep the allocated bytes of this rank after each optimizer step."""

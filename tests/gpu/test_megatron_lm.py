@@ -3,30 +3,12 @@
 import pytest
 import torch
 
-from tests import launch
 from tests.distributed.megatron_lm import SCRIPT, pretrain
 from tests.gpu import ranks
-from tests.oracle.case import TOLERANCE, OracleCase, make_case
+from tests.oracle.case import TOLERANCE, OracleCase
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-
-BF16_MARGIN = 1.5
-"""As in `test_training`: how much further from fp32 than PEFT's own bf16 run."""
-
-
-@pytest.fixture(scope="module")
-def case(tmp_path_factory) -> OracleCase:
-    """The llama case, trained by the oracle."""
-    return make_case(tmp_path_factory.mktemp("case"), arch="llama")
-
-
-@pytest.fixture(scope="module")
-def bf16_error(case) -> float:
-    """How far PEFT's own bf16 run is from its fp32 run."""
-    out = case.folder / "bf16"
-    launch.Ranks(ranks.bf16_oracle, (str(case.folder), str(out)), world=1, folder=case.folder / "logs16").wait().check()
-    return case.error(out)
 
 
 def _train(case: OracleCase, out, dtype: str, words: str, world: int = 1) -> float:
@@ -48,7 +30,7 @@ def test_local_layers_in_fp32_equal_peft(case, tmp_path, measured):
 
 def test_stock_transformer_engine_layers_in_bf16_are_as_near_as_peft_is(case, bf16_error, tmp_path, measured):
     pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
-    assert measured(_train(case, tmp_path / "out", "bfloat16", "")) <= BF16_MARGIN * bf16_error
+    assert measured(_train(case, tmp_path / "out", "bfloat16", "")) <= ranks.BF16_MARGIN * bf16_error
 
 
 @two_gpus

@@ -10,34 +10,17 @@ import yaml
 
 from tests import launch
 from tests.gpu import ranks
-from tests.oracle.case import TOLERANCE, OracleCase, make_case
+from tests.oracle.case import TOLERANCE, OracleCase
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
-BF16_MARGIN = 1.5
-"""How much further from fp32 than PEFT's own bf16 run this package's may be: adapters are rounded to bf16 here, where
-PEFT keeps them in fp32, and the kernels order their sums otherwise."""
 IMPLEMENTATIONS = ("local", "transformer_engine")
 TOPOLOGIES = {
     "PP2": {"pipeline_model_parallel_size": 2},
     "TP2": {"tensor_model_parallel_size": 2},
     "TP2 SP": {"tensor_model_parallel_size": 2, "sequence_parallel": "true"},
 }
-
-
-@pytest.fixture(scope="module")
-def case(tmp_path_factory) -> OracleCase:
-    """The llama case, trained by the oracle."""
-    return make_case(tmp_path_factory.mktemp("case"), arch="llama")
-
-
-@pytest.fixture(scope="module")
-def bf16_error(case) -> float:
-    """How far PEFT's own bf16 run is from its fp32 run."""
-    out = case.folder / "bf16"
-    launch.Ranks(ranks.bf16_oracle, (str(case.folder), str(out)), world=1, folder=case.folder / "logs16").wait().check()
-    return case.error(out)
 
 
 def _require(implementation: str) -> None:
@@ -72,7 +55,7 @@ def test_one_gpu_in_fp32_gives_what_peft_gives(case, tmp_path, measured, impleme
 def test_one_gpu_in_bf16_is_as_near_to_fp32_as_peft_in_bf16(case, bf16_error, tmp_path, measured, implementation):
     _require(implementation)
     error = _train(case, tmp_path / "o", 1, implementation, "bfloat16", {})
-    assert measured(error) <= BF16_MARGIN * bf16_error
+    assert measured(error) <= ranks.BF16_MARGIN * bf16_error
 
 
 @two_gpus
@@ -88,7 +71,7 @@ def test_two_gpus_in_fp32_give_what_peft_gives(case, tmp_path, measured, impleme
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_two_gpus_in_bf16_are_as_near_to_fp32_as_peft_in_bf16(case, bf16_error, tmp_path, measured, topology):
     error = _train(case, tmp_path / "o", 2, "auto", "bfloat16", TOPOLOGIES[topology])
-    assert measured(error) <= BF16_MARGIN * bf16_error
+    assert measured(error) <= ranks.BF16_MARGIN * bf16_error
 
 
 @two_gpus

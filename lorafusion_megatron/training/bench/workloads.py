@@ -6,25 +6,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ...errors import UserError
+from ...scheduler.options import REFERENCE_MODEL
 from ...types import GlobalBatch, ModelSpec, Sample
 
 LONGEST = 4096
 SHORTEST = 32
 
 SHAPES: Mapping[str, ModelSpec] = {
-    "llama-3.1-8b": ModelSpec(
-        family="llama",
-        num_layers=32,
-        hidden_size=4096,
-        ffn_hidden_size=14336,
-        num_attention_heads=32,
-        num_query_groups=8,
-        head_dim=128,
-        vocab_size=128256,
-        max_position_embeddings=131072,
-        norm_epsilon=1e-5,
-        rope_theta=500000.0,
-    ),
+    "llama-3.1-8b": REFERENCE_MODEL,
     "qwen2.5-32b": ModelSpec(
         family="qwen2",
         num_layers=64,

@@ -104,3 +104,16 @@ def test_every_row_is_equally_likely_at_every_place() -> None:
 def test_steps_that_do_not_exist(step: int) -> None:
     with pytest.raises(ValueError, match="steps 1 to 3"):
         batches(dataset(1, 1), size=1, steps=3).batch(step)
+
+
+def test_the_counts_are_those_of_the_batch() -> None:
+    ours = batches(dataset(4, 0, 6, 1, 0), size=3, steps=9, shuffle=True)
+    for step in range(1, 10):
+        batch = ours.batch(step)
+        assert ours.counts(step) == {
+            "samples": len(batch.samples),
+            "tokens": sum(sample.tokens for sample in batch.samples),
+            "label_tokens": batch.label_tokens,
+        }
+    with pytest.raises(ValueError, match="step 10"):
+        ours.counts(10)
