@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baseline-tokens", type=int, default=60_000, help="the same for flushed variants")
     parser.add_argument("--repeats", type=int, default=2, help="timed runs of each variant, in turn")
     parser.add_argument("--seconds", type=float, help="start no workload after that many")
+    parser.add_argument("--profile", action="store_true", help="run each variant once more and list its kernels' times")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--transformer-impl", choices=("auto", "transformer_engine", "local"), default="auto")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
@@ -115,9 +116,27 @@ def _measure(
             print("  ".join(f"{name} {value:.3f}" for name, value in summary(outcomes).items()) + "\n", flush=True)
             if args.out:  # after every workload: a run that is cut off leaves what it has
                 _write_json(Path(args.out), header, results)
+        if args.profile:
+            _profile(bench, workload, outcomes, tell, args.out)
     if groups.is_first:
         print(_memory(args, setting, results), flush=True)
     return results, header
+
+
+def _profile(bench: Any, workload: Any, outcomes: list[Any], tell: Any, out: str | None) -> None:
+    """Each variant's kernels; whole with ``--out``, the longest of the last stage in the terminal."""
+    from ..training.bench.profile import describe
+
+    for outcome in outcomes:
+        if outcome.failure:
+            continue
+        stages = bench.profile(outcome, workload)
+        tell(f"{workload.name}, {outcome.variant.name}: kernels of stage {len(stages) - 1}\n{describe(stages[-1])}\n")
+        if out and bench.groups.is_first:
+            Path(out).mkdir(parents=True, exist_ok=True)
+            whole = [f"stage {stage}: {describe(times, most=1000)}" for stage, times in enumerate(stages)]
+            name = f"kernels_{workload.name}_{outcome.variant.name.replace(' ', '_')}.txt"
+            Path(out, name).write_text("\n\n".join(whole) + "\n")
 
 
 def _setting(args: argparse.Namespace, spec: Any, topology: Any, groups: Any) -> Any:

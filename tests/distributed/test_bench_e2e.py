@@ -9,7 +9,17 @@ def test_every_variant_trains_the_same_samples_and_is_reported(tmp_path):
     out = tmp_path / "out"
     words = ["bench", "e2e", "--model", "tiny", "--pipeline", "2", "--device", "cpu", "--dtype", "float32"]
     words += ["--capacity", "512", "--sizes", "0,512", "--tokens", "3000", "--baseline-tokens", "3000"]
-    words += ["--repeats", "1", "--batch-size", "2", "--workloads", "xsum,heterogeneous", "--out", str(out)]
+    words += [
+        "--repeats",
+        "1",
+        "--batch-size",
+        "2",
+        "--workloads",
+        "xsum,heterogeneous",
+        "--out",
+        str(out),
+        "--profile",
+    ]
     finished = launch.Ranks(launch.command, (words,), world=2, folder=tmp_path / "logs").wait().check()
     report = json.loads((out / "e2e.json").read_text())
     assert list(report["workloads"]) == ["xsum", "heterogeneous"]
@@ -31,6 +41,10 @@ def test_every_variant_trains_the_same_samples_and_is_reported(tmp_path):
         assert abs(found["summary"]["both / sequential"] / ratio - 1) < 0.01
     assert {path.name for path in out.iterdir()} >= {"e2e.png", "timeline_xsum.png", "trace_xsum.json"}
     assert "GiB predicted" in finished.outputs[0]
+    operations = (out / "kernels_xsum_both.txt").read_text()
+    assert operations.startswith("stage 0: ")
+    assert "\nstage 1: " in operations
+    assert "LoraLinearFunction" in operations
 
 
 def test_a_world_that_does_not_fit_is_one_line(tmp_path):

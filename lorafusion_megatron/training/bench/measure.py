@@ -24,6 +24,7 @@ from ...types import AdapterSpec, Microbatch, ModelSpec, Schedule, StepEnd, Topo
 from ..prefetch import prefetch
 from ..setup import linear_layouts
 from .eager import EagerLora, EagerSteps, Factors, IdleSteps, eager_factors
+from .profile import KernelTimes, profile_kernels
 from .variants import Plan, Variant, make_plan
 from .workloads import Workload
 
@@ -134,6 +135,15 @@ class Bench:
                     self._guarded(outcome, workload, None, keep_spans=repeat == repeats - 1)
                     tell(f"{workload.name}, {outcome.variant.name}: {outcome.rate:,.0f} tokens/s")
         return outcomes
+
+    def profile(self, outcome: Outcome, workload: Workload) -> list[KernelTimes]:
+        """The kernels of one more run of a variant that was measured, for each stage."""
+        mine = profile_kernels(lambda: self._once(outcome, workload, None, keep_spans=False))
+        outcome.seconds.pop()  # slower for being watched
+        outcome.bubbles.pop()
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine, group=self.groups.objects)
+        return everyone
 
     def _guarded(
         self, outcome: Outcome, workload: Workload, warm_up: Schedule | None, *, keep_spans: bool = False
