@@ -4,6 +4,7 @@ import argparse
 import json
 import statistics
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,28 @@ def measure(
                 times[key].append(start.elapsed_time(end))
     names = [candidate.name for candidate in candidates if candidate.name not in failed]
     return {name: [round(statistics.median(times[name, which]), 4) for which in (0, 1)] for name in names}, failed
+
+
+def host_microseconds(candidates: Sequence[Candidate], upstream: torch.Tensor, *, calls: int = 100) -> dict[str, float]:
+    """Microseconds that the host needs for one forward and backward: the time of a call where the GPU has little to do.
+
+    Args:
+        candidates: implementations of one case of few tokens.
+        upstream: gradient of the output.
+        calls: how many are timed, without waiting in between.
+    """
+    out = {}
+    for candidate in candidates:
+        _, run = _runs(candidate, upstream)
+        for _ in range(10):
+            run()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+        out[candidate.name] = round((time.perf_counter() - started) / calls * 1e6, 1)
+    return out
 
 
 def _runs(candidate: Candidate, upstream: torch.Tensor) -> tuple[Callable[[], object], Callable[[], object]]:

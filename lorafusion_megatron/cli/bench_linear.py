@@ -4,7 +4,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from .bench_common import (
     Candidate,
     add_common_arguments,
     bar_chart,
+    host_microseconds,
     machine,
     measure,
     numbers,
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dropout", default="0.1", help="drop probabilities")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--peer", metavar="DIR", help="a checkout of CentML/lorafusion to measure beside")
+    parser.add_argument("--host", action="store_true", help="also the host's microseconds for a call, at 64 tokens")
     parser.add_argument("--compile", action="store_true", help="measure torch.compile of the eager formula too")
     add_common_arguments(parser)
 
@@ -82,6 +84,11 @@ def run(args: argparse.Namespace) -> int:
         names += [name for name in times if name not in names]
         reasons |= failed
         print(table([row], list(times), KEYS), flush=True)
+        if args.host:
+            small = replace(case, tokens=max(1, adapters) * TritonBackend.tile)
+            tried = [c for c in small.candidates(backend, compiled=False, peer=None) if c.name in times]
+            row["host_us"] = host_microseconds(tried, small.upstream)
+            print("host us:", "  ".join(f"{name} {value}" for name, value in row["host_us"].items()), flush=True)
     print("\n" + table(rows, names, KEYS))
     print(means(rows, names))
     for name, reason in reasons.items():

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import Launcher, cdiv, power_of_two
 from .masks import keep_signs, keep_where, load_keys
 from .overlap import await_predecessor, launch_options
 from .tables import FACTOR_A, FIELDS, THRESHOLD, slot_columns, slot_pointer, slot_scale
@@ -74,6 +75,9 @@ def _down_kernel(
     tl.store(out_ptr + at, (acc * slot_scale(table, slot)).to(dtype), mask=store_mask)
 
 
+_launch = Launcher(_down_kernel)
+
+
 def down(
     z: torch.Tensor,
     table: torch.Tensor,
@@ -116,15 +120,18 @@ def down(
     """
     tokens, features = z.shape
     out = z.new_empty(tokens, width)
-    rb = min(triton.next_power_of_2(width), 64)
-    blocks = triton.cdiv(width, rb)
+    rb = min(power_of_two(width), 64)
+    blocks = cdiv(width, rb)
     partial = out if splits == 1 else torch.empty(splits, tokens, width, dtype=torch.float32, device=z.device)
     bk = block_k if z.element_size() == 2 else block_k // 2
-    _down_kernel[(tile_slots.shape[0], blocks, splits)](
-        z, z.stride(0), out, width, partial, counters, table, tile_slots, keys,
-        tokens, features, table.shape[0], module_key, feature_offset,
+    _launch(
+        (tile_slots.shape[0], blocks, splits),
+        (
+            z, z.stride(0), out, width, partial, counters, table, tile_slots, keys,
+            tokens, features, table.shape[0], module_key, feature_offset,
+        ),
         FACTOR=factor, DROP=drop, TILE=tile, BK=bk, RB=rb, SPLITS=splits, EVEN=features % bk == 0,
-        ALIGN=align, OVERLAP=overlap, PRECISION="ieee", num_warps=num_warps, num_stages=num_stages,
-        **launch_options(overlap),
+        ALIGN=align, OVERLAP=overlap, PRECISION="ieee",
+        options=launch_options(overlap, num_warps=num_warps, num_stages=num_stages),
     )  # fmt: skip
     return out

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .factor_grad import add_gradient
+from .launch import Launcher, cdiv, power_of_two
 from .overlap import await_predecessor, launch_options
 from .tables import CHUNK_FIELDS, FACTOR_B, GRAD_B, slot_columns, slot_pointer, slot_scale
 
@@ -80,6 +81,9 @@ def _sum_strips_kernel(
     tl.store(out, (acc * slot_scale(table, slot)).to(ds_ptr.dtype.element_ty), mask=valid)
 
 
+_launch, _launch_sum = Launcher(_dy_kernel), Launcher(_sum_strips_kernel)
+
+
 def dy_pass(
     dy: torch.Tensor,
     s: torch.Tensor,
@@ -113,24 +117,28 @@ def dy_pass(
     at 64; each adapter's own columns alone are written and read.
     """
     (tokens, out_features), width = dy.shape, s.shape[1]
-    rb = triton.next_power_of_2(width)
+    rb = power_of_two(width)
     bn, bt = (block_n, block_t) if dy.element_size() == 2 else (block_n // 4, block_t // 2)
-    strips = triton.cdiv(out_features, bn)
+    strips = cdiv(out_features, bn)
     parts = torch.empty(strips, tokens, rb, dtype=torch.float32, device=dy.device)
     partial = parts
     if split:
         partial = torch.empty(chunks.shape[0], out_features, rb, dtype=torch.float32, device=dy.device)
-    _dy_kernel[(strips, chunks.shape[0])](
-        dy, dy.stride(0), s, width, parts, partial, counters, table, chunks, row_projection,
-        tokens, out_features, table.shape[0],
+    _launch(
+        (strips, chunks.shape[0], 1),
+        (
+            dy, dy.stride(0), s, width, parts, partial, counters, table, chunks, row_projection,
+            tokens, out_features, table.shape[0],
+        ),
         PROJECTED=row_projection is not None, EVEN=out_features % bn == 0, BT=bt, BN=bn, RB=rb,
-        ALIGN=align, OVERLAP=overlap, PRECISION="ieee", num_warps=num_warps, num_stages=num_stages,
-        **launch_options(overlap),
+        ALIGN=align, OVERLAP=overlap, PRECISION="ieee",
+        options=launch_options(overlap, num_warps=num_warps, num_stages=num_stages),
     )  # fmt: skip
     ds = torch.empty_like(s)
     rows = 16
-    _sum_strips_kernel[(triton.cdiv(tokens, rows),)](
-        parts, ds, width, table, tile_slots, tokens, table.shape[0], strips,
-        TILE=tile, ROWS=rows, RB=rb, ALIGN=align, OVERLAP=overlap, num_warps=1, **launch_options(overlap),
+    _launch_sum(
+        (cdiv(tokens, rows), 1, 1),
+        (parts, ds, width, table, tile_slots, tokens, table.shape[0], strips),
+        TILE=tile, ROWS=rows, RB=rb, ALIGN=align, OVERLAP=overlap, options=launch_options(overlap, num_warps=1),
     )  # fmt: skip
     return ds

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .adapter_part import adapter_tile, drop_tile
+from .launch import Launcher, cdiv, power_of_two
 from .overlap import await_predecessor, launch_options
 from .tables import slot_columns
 
@@ -52,6 +53,9 @@ def _expand_kernel(
     tl.store(at, (y + acc).to(y_ptr.dtype.element_ty), mask=mask)
 
 
+_launch = Launcher(_expand_kernel)
+
+
 def expand_(
     y: torch.Tensor,
     q: torch.Tensor,
@@ -77,8 +81,10 @@ def expand_(
     """
     tokens, width = y.shape
     bn = 128 if y.element_size() == 2 else 64
-    _expand_kernel[(tile_slots.shape[0], triton.cdiv(width, bn))](
-        y, q, q.shape[1], table, tile_slots, keys, tokens, width, table.shape[0], module_key, feature_offset,
-        FACTOR=factor, DROP=drop, TILE=tile, BN=bn, KC=min(triton.next_power_of_2(q.shape[1]), 64),
-        ALIGN=align, OVERLAP=overlap, PRECISION="ieee", num_warps=4, num_stages=2, **launch_options(overlap),
+    _launch(
+        (tile_slots.shape[0], cdiv(width, bn), 1),
+        (y, q, q.shape[1], table, tile_slots, keys, tokens, width, table.shape[0], module_key, feature_offset),
+        FACTOR=factor, DROP=drop, TILE=tile, BN=bn, KC=min(power_of_two(q.shape[1]), 64),
+        ALIGN=align, OVERLAP=overlap, PRECISION="ieee",
+        options=launch_options(overlap, num_warps=4, num_stages=2),
     )  # fmt: skip

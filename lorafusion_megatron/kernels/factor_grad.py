@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import Launcher, cdiv, power_of_two
 from .masks import keep_signs, keep_where, load_keys
 from .overlap import await_predecessor, launch_options
 from .tables import (
@@ -99,6 +100,9 @@ def _factor_grad_kernel(
     )  # fmt: skip
 
 
+_launch = Launcher(_factor_grad_kernel)
+
+
 def factor_grad(
     z: torch.Tensor,
     q: torch.Tensor,
@@ -137,16 +141,19 @@ def factor_grad(
         overlap: of `overlap.await_predecessor`.
     """
     features, width = z.shape[1], q.shape[1]
-    rb = min(triton.next_power_of_2(width), 64)
+    rb = min(power_of_two(width), 64)
     bn, bt = (block_n, block_t) if z.element_size() == 2 else (block_n // 2, block_t // 2)
     num_chunks = chunks.shape[0]
     partial = table
     if split:
         partial = torch.empty(num_chunks, features, width, dtype=torch.float32, device=z.device)
-    _factor_grad_kernel[(triton.cdiv(features, bn), num_chunks, triton.cdiv(width, rb))](
-        z, z.stride(0), q, width, partial, counters, table, chunks, keys, row_projection,
-        features, table.shape[0], module_key, feature_offset,
+    _launch(
+        (cdiv(features, bn), num_chunks, cdiv(width, rb)),
+        (
+            z, z.stride(0), q, width, partial, counters, table, chunks, keys, row_projection,
+            features, table.shape[0], module_key, feature_offset,
+        ),
         GRAD=grad, DROP=drop, PROJECTED=row_projection is not None, EVEN=features % bn == 0,
-        BT=bt, BN=bn, RB=rb, ALIGN=align, OVERLAP=overlap, PRECISION="ieee", num_warps=num_warps, num_stages=num_stages,
-        **launch_options(overlap),
+        BT=bt, BN=bn, RB=rb, ALIGN=align, OVERLAP=overlap, PRECISION="ieee",
+        options=launch_options(overlap, num_warps=num_warps, num_stages=num_stages),
     )  # fmt: skip

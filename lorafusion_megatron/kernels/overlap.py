@@ -16,6 +16,6 @@ def await_predecessor(OVERLAP: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 
-def launch_options(overlap: bool) -> dict[str, bool]:
-    """What a launch passes besides its kernel's arguments; the interpreter knows no such option."""
-    return {"launch_pdl": True} if overlap else {}
+def launch_options(overlap: bool, **options: int) -> dict[str, int]:
+    """Triton's options of a launch; the interpreter knows no dependent launches."""
+    return options | {"launch_pdl": True} if overlap else options

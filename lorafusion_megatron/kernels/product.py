@@ -13,6 +13,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .adapter_part import adapter_tile, drop_tile
+from .launch import Launcher, cdiv, power_of_two
 from .overlap import await_predecessor, launch_options
 
 
@@ -38,13 +39,13 @@ def _product_kernel(
     FACTOR: tl.constexpr, W_BY_OUTPUT: tl.constexpr, DROP: tl.constexpr, BIAS: tl.constexpr, TILE: tl.constexpr,
     SUBTILES: tl.constexpr, ONCE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, KC: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr, ALIGN: tl.constexpr, OVERLAP: tl.constexpr, HALVES: tl.constexpr,
+    ALIGN: tl.constexpr, OVERLAP: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
-    """Output tiles PROGRAMS apart, in groups of GROUP row blocks so that both operands stay in the cache."""
+    """Output tiles a grid apart, in groups of GROUP row blocks so that both operands stay in the cache."""
     await_predecessor(OVERLAP)
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     row_blocks, col_blocks = tl.cdiv(tokens, BM), tl.cdiv(width, BN)
-    for t in tl.range(tl.program_id(0), row_blocks * col_blocks, PROGRAMS):
+    for t in tl.range(tl.program_id(0), row_blocks * col_blocks, tl.num_programs(0)):
         first = t // (GROUP * col_blocks) * GROUP
         size = min(row_blocks - first, GROUP)
         row = (first + (t % (GROUP * col_blocks)) % size) * BM
@@ -72,6 +73,9 @@ def _product_kernel(
             y.store([row, col], acc.to(dtype))
 
 
+_launch = Launcher(_product_kernel)
+
+
 def product(
     z: torch.Tensor,
     w: torch.Tensor,
@@ -91,6 +95,7 @@ def product(
     config: ProductConfig,
     programs: int,
     pure: bool,
+    stream: torch.cuda.Stream | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``z Wᵀ + bias + q Bᵀ`` (factor B) or ``z W + mask ∘ (q A)`` (factor A).
@@ -105,6 +110,7 @@ def product(
         config: of the tiles.
         programs: multiprocessors of the device.
         pure: whether no block of ``config.block_m`` rows holds two adapters.
+        stream: where to launch; None: the current stream.
         out: where to put the result.
 
     Returns:
@@ -117,15 +123,18 @@ def product(
     z_desc = TensorDescriptor.from_tensor(z, [bm, bk])
     w_desc = TensorDescriptor.from_tensor(w, [bn, bk] if forward else [bk, bn])
     y_desc = TensorDescriptor.from_tensor(y, [bm, bn // 2 if config.halves else bn])
-    tiles = triton.cdiv(tokens, bm) * triton.cdiv(width, bn)
+    tiles = cdiv(tokens, bm) * cdiv(width, bn)
     programs = min(programs, tiles)
-    _product_kernel[(programs,)](
-        z_desc, w_desc, y_desc, bias, q, q.shape[1], table, tile_slots, keys,
-        tokens, width, inner, table.shape[0], module_key, feature_offset,
+    _launch(
+        (programs, 1, 1),
+        (
+            z_desc, w_desc, y_desc, bias, q, q.shape[1], table, tile_slots, keys,
+            tokens, width, inner, table.shape[0], module_key, feature_offset,
+        ),
         FACTOR=factor, W_BY_OUTPUT=forward, DROP=drop, BIAS=bias is not None, TILE=tile,
         SUBTILES=1 if pure else bm // tile, ONCE=q.shape[1] <= 64,
-        BM=bm, BN=bn, BK=bk, KC=min(triton.next_power_of_2(q.shape[1]), 64), GROUP=config.group,
-        PROGRAMS=programs, ALIGN=align, OVERLAP=overlap, HALVES=config.halves,
-        num_warps=config.warps, num_stages=config.stages, **launch_options(overlap),
+        BM=bm, BN=bn, BK=bk, KC=min(power_of_two(q.shape[1]), 64), GROUP=config.group,
+        ALIGN=align, OVERLAP=overlap, HALVES=config.halves,
+        options=launch_options(overlap, num_warps=config.warps, num_stages=config.stages), stream=stream,
     )  # fmt: skip
     return y

@@ -6,8 +6,9 @@ its rows, the other keeps the matrix units busy, and the copies for the next til
 rows are one tile of the routing, hence one adapter.
 """
 
+from functools import cache
+
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -20,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .launch import Launcher, power_of_two
 from .overlap import launch_options
 from .tables import COLUMNS, FACTOR_A, FACTOR_B, FIELDS, THRESHOLD
 
@@ -46,13 +48,13 @@ def _place(t, row_blocks, col_blocks, GROUP: gl.constexpr):
 @gluon.jit
 def _copy(
     z_desc, w_desc, z_ring, w_ring, ready, free, row_blocks, col_blocks, inner,
-    W_BY_OUTPUT: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
+    W_BY_OUTPUT: gl.constexpr, GROUP: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The copying warp: both operands of every step, as fast as buffers become free."""
     step = 0
     half: gl.constexpr = BM // 2
-    for t in range(gl.program_id(0), row_blocks * col_blocks, PROGRAMS):
+    for t in range(gl.program_id(0), row_blocks * col_blocks, gl.num_programs(0)):
         row_block, col_block = _place(t, row_blocks, col_blocks, GROUP)
         row, col = row_block * BM, col_block * BN
         for k in range(0, inner, BK):
@@ -130,7 +132,7 @@ def _multiply(
     HALF: gl.constexpr, y_desc, z_ring, w_ring, ready, free, buffer, bias, q_ptr, q_stride, table, tile_slots, keys,
     tokens, width, inner, num_slots, module_key, feature_offset,
     FACTOR: gl.constexpr, W_BY_OUTPUT: gl.constexpr, DROP: gl.constexpr, BIAS: gl.constexpr, ALIGN: gl.constexpr,
-    KC: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
+    KC: gl.constexpr, GROUP: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A multiplying group: its 64 rows of every tile."""
@@ -138,7 +140,7 @@ def _multiply(
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     row_blocks, col_blocks = gl.cdiv(tokens, BM), gl.cdiv(width, BN)
     step = 0
-    for t in range(gl.program_id(0), row_blocks * col_blocks, PROGRAMS):
+    for t in range(gl.program_id(0), row_blocks * col_blocks, gl.num_programs(0)):
         row_block, col_block = _place(t, row_blocks, col_blocks, GROUP)
         row, col = row_block * BM + HALF * (BM // 2), col_block * BN
         slot = gl.load(tile_slots + row // (BM // 2), mask=row < tokens, other=-1)
@@ -184,7 +186,7 @@ def _hopper_kernel(
     z_desc, w_desc, y_desc, bias, q_ptr, q_stride, table, tile_slots, keys,
     tokens, width, inner, num_slots, module_key, feature_offset,
     FACTOR: gl.constexpr, W_BY_OUTPUT: gl.constexpr, DROP: gl.constexpr, BIAS: gl.constexpr, ALIGN: gl.constexpr,
-    KC: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, OVERLAP: gl.constexpr,
+    KC: gl.constexpr, GROUP: gl.constexpr, OVERLAP: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Buffers and barriers; then each part of the warps does its work until all tiles are done."""
@@ -208,21 +210,39 @@ def _hopper_kernel(
             (_multiply, (
                 0, y_desc, z_ring, w_ring, ready, free, buffers.index(0), bias, q_ptr, q_stride, table, tile_slots,
                 keys, tokens, width, inner, num_slots, module_key, feature_offset,
-                FACTOR, W_BY_OUTPUT, DROP, BIAS, ALIGN, KC, GROUP, PROGRAMS, BM, BN, BK, STAGES,
+                FACTOR, W_BY_OUTPUT, DROP, BIAS, ALIGN, KC, GROUP, BM, BN, BK, STAGES,
             )),
             (_multiply, (
                 1, y_desc, z_ring, w_ring, ready, free, buffers.index(1), bias, q_ptr, q_stride, table, tile_slots,
                 keys, tokens, width, inner, num_slots, module_key, feature_offset,
-                FACTOR, W_BY_OUTPUT, DROP, BIAS, ALIGN, KC, GROUP, PROGRAMS, BM, BN, BK, STAGES,
+                FACTOR, W_BY_OUTPUT, DROP, BIAS, ALIGN, KC, GROUP, BM, BN, BK, STAGES,
             )),
             (_copy, (
                 z_desc, w_desc, z_ring, w_ring, ready, free, row_blocks, col_blocks, inner,
-                W_BY_OUTPUT, GROUP, PROGRAMS, BM, BN, BK, STAGES,
+                W_BY_OUTPUT, GROUP, BM, BN, BK, STAGES,
             )),
         ],
         [4, 1],
         [240, 24],
     )  # fmt: skip
+
+
+_launch = Launcher(_hopper_kernel)
+
+
+class _Block(TensorDescriptor):
+    """A descriptor whose base, strides and alignment the caller has checked already."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+@cache
+def _block(rows: int, columns: int, dtype: torch.dtype) -> tuple[list[int], gl.NVMMASharedLayout]:
+    """(shape, layout in shared memory) of a tile."""
+    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
+    shape = [rows, columns]
+    return shape, gl.NVMMASharedLayout.get_default_for(shape, element)
 
 
 def hopper_product(
@@ -243,12 +263,14 @@ def hopper_product(
     overlap: bool,
     programs: int,
     group: int,
+    stream: torch.cuda.Stream | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `product.product`, for 16-bit types on compute capability 9.0 and tiles of 64 rows.
 
     Args:
         group: row blocks that run side by side.
+        stream: where to launch; None: the current stream.
         out: where to put the result.
     """
     if tile != ROWS:
@@ -256,19 +278,19 @@ def hopper_product(
     forward = factor == FACTOR_B.value
     (tokens, inner), width = z.shape, w.shape[0 if forward else 1]
     y = z.new_empty(tokens, width) if out is None else out
-    dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[z.dtype]
-
-    def descriptor(tensor: torch.Tensor, block: list[int]) -> TensorDescriptor:
-        return TensorDescriptor.from_tensor(tensor, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
-
-    tiles = triton.cdiv(tokens, BM) * triton.cdiv(width, BN)
-    programs = min(programs, tiles)
-    _hopper_kernel[(programs,)](
-        descriptor(z, [ROWS, BK]), descriptor(w, [BN, BK] if forward else [BK, BN]), descriptor(y, [ROWS, BN]),
-        bias, q, q.shape[1], table, tile_slots, keys,
-        tokens, width, inner, table.shape[0], module_key, feature_offset,
+    tiles = -(-tokens // BM) * -(-width // BN)
+    _launch(
+        (min(programs, tiles), 1, 1),
+        (
+            _Block(z, z.shape, z.stride(), *_block(ROWS, BK, z.dtype)),
+            _Block(w, w.shape, w.stride(), *_block(*((BN, BK) if forward else (BK, BN)), z.dtype)),
+            _Block(y, y.shape, y.stride(), *_block(ROWS, BN, z.dtype)),
+            bias, q, q.shape[1], table, tile_slots, keys,
+            tokens, width, inner, table.shape[0], module_key, feature_offset,
+        ),
         FACTOR=factor, W_BY_OUTPUT=forward, DROP=drop, BIAS=bias is not None, ALIGN=align,
-        KC=min(triton.next_power_of_2(q.shape[1]), 64), GROUP=group, PROGRAMS=programs, OVERLAP=overlap,
-        BM=BM, BN=BN, BK=BK, STAGES=STAGES, num_warps=4, maxnreg=168, **launch_options(overlap),
+        KC=min(power_of_two(q.shape[1]), 64), GROUP=group, OVERLAP=overlap,
+        BM=BM, BN=BN, BK=BK, STAGES=STAGES,
+        options=launch_options(overlap, num_warps=4, maxnreg=168), stream=stream,
     )  # fmt: skip
     return y

@@ -15,12 +15,26 @@ from pathlib import Path
 import torch
 import triton
 
-EXPAND = "expand"
-"""cuBLAS for the frozen product, then the adapter's part added in place."""
+HOPPER, FUSED, EXPAND = "hopper", "fused", "expand"
+"""`product_hopper`, `product`, and cuBLAS for the frozen product, then the adapter's part added in place."""
 OPERATIONS_PER_BYTE = 266
 """Operations that the matrix units do in the time the memory moves a byte; 266 on an H100, 160 to 330 on its kin."""
 GROUPS = (8, 4, 16)
 """Row blocks side by side; which is faster depends on what fits the L2 beside the columns of W."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to compute a product."""
+
+    kind: str
+    group: int = 0
+    """Row blocks side by side, of the first two kinds."""
+
+    @property
+    def name(self) -> str:
+        """In the file of choices."""
+        return f"{self.kind} {self.group}" if self.group else self.kind
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,8 @@
 """The Triton backend: the fused kernels over any number of adapters, each launch serving all of a microbatch's."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from ..kernels.expand import expand_
 from ..kernels.factor_grad import factor_grad
 from ..kernels.product import ProductConfig, product
 from ..kernels.product_hopper import hopper_product
-from ..kernels.tuning import EXPAND, GROUPS, Problem, Tuner, cache_path, expand_is_hopeless
+from ..kernels.tuning import EXPAND, FUSED, GROUPS, HOPPER, Problem, Tuner, Way, cache_path, expand_is_hopeless
 from .adapters import LinearAdapter, LinearAdapters
 from .routing import Routing
 
@@ -89,6 +88,7 @@ class TritonBackend:
         self._stream: torch.cuda.Stream | None = None
         self._cache_bytes = 32 << 20
         self._tuner: Tuner | None = None
+        self._chosen: dict[tuple[Any, ...], Way] = {}
         if self.device.type == "cuda" and torch.cuda.is_available():
             properties = torch.cuda.get_device_properties(self.device)
             self._programs = properties.multi_processor_count
@@ -96,6 +96,7 @@ class TritonBackend:
             self._hopper = properties.major == 9
             if concurrent:
                 self._stream = torch.cuda.Stream(self.device, priority=-1)
+                self._forked, self._joined = torch.cuda.Event(), torch.cuda.Event()
             self._cache_bytes = properties.L2_cache_size
             self._tuner = Tuner(cache_path(self.device))
 
@@ -136,7 +137,8 @@ class TritonBackend:
             return F.linear(x, weight, bias), None
         x = _rows(x)
         s = self._down(x, call, adapters, routing, factor=FACTOR_A, drop=call.drop)
-        return self._product(x, weight, bias, s, call, adapters, routing, factor=FACTOR_B), s
+        way = self._way(x, weight, bias, s, call, adapters, routing, factor=FACTOR_B)
+        return self._product(way, x, weight, bias, s, call, adapters, routing, factor=FACTOR_B), s
 
     def backward(
         self,
@@ -164,30 +166,28 @@ class TritonBackend:
             self._grad(x, ds, call, adapters, routing, grad=GRAD_A)
             return None
         dx = dy.new_empty(dy.shape[0], weight.shape[1])
-        with self._beside():
-            self._product(dy, weight, None, ds, call, adapters, routing, factor=FACTOR_A, out=dx)
+        way = self._way(dy, weight, None, ds, call, adapters, routing, factor=FACTOR_A, out=dx)
+        self._fork()
+        self._product(way, dy, weight, None, ds, call, adapters, routing, factor=FACTOR_A, out=dx, stream=self._stream)
         self._grad(x, ds, call, adapters, routing, grad=GRAD_A)
         self._join()
         return dx
 
-    @contextmanager
-    def _beside(self) -> Iterator[None]:
-        """Launch what is inside on a stream of high priority that forks from the current one; `_join` ends it.
+    def _fork(self) -> None:
+        """Let the stream of high priority wait for the current one; `_join` is the way back.
 
         Note: the product's last wave leaves multiprocessors idle (8192 x 4096 outputs are 7.8 waves of 132); the pass
         over X that runs beside it fills them. Both only need dS. The result was allocated on the current stream,
         which waits in `_join`, so the allocator needs to know nothing.
         """
-        if self._stream is None:
-            yield
-            return
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._stream):
-            yield
+        if self._stream is not None:
+            self._forked.record(torch.cuda.current_stream(self.device))
+            self._stream.wait_event(self._forked)
 
     def _join(self) -> None:
         if self._stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+            self._joined.record(self._stream)
+            torch.cuda.current_stream(self.device).wait_event(self._joined)
 
     def _call(self, adapters: LinearAdapters, routing: Routing) -> _Call | None:
         active = [adapters.by_slot[segment.slot] for segment in routing.segments if segment.slot in adapters.by_slot]
@@ -198,12 +198,15 @@ class TritonBackend:
         slots = adapters.derived.get("triton")
         if slots is None or not slots.serves(adapters):
             slots = adapters.derived["triton"] = _slots(adapters, active[0].a.device)
-        return _Call(
-            slots=slots,
-            width=-(-max(adapter.columns for adapter in active) // 16) * 16,
-            drop=any(adapter.dropout > 0.0 for adapter in active),
-            module_key=_signed(adapters.module_key),
-        )
+        call = routing.derived.get(id(slots))
+        if call is None or call.slots is not slots:
+            call = routing.derived[id(slots)] = _Call(
+                slots=slots,
+                width=-(-max(adapter.columns for adapter in active) // 16) * 16,
+                drop=any(adapter.dropout > 0.0 for adapter in active),
+                module_key=_signed(adapters.module_key),
+            )
+        return call
 
     def _fuses(self, z: torch.Tensor, weight: torch.Tensor) -> bool:
         """Whether the fused products can run: bulk copies need 16-bit types and 16-byte rows."""
@@ -222,6 +225,7 @@ class TritonBackend:
         tiles = routing.tile_slots.shape[0]
         blocks = -(-call.width // 64)
         splits = max(1, min(8, 2 * self._programs // (tiles * blocks), z.shape[1] // 512))
+        splits = 1 << (splits.bit_length() - 1)  # each other number would be compiled anew
         return down(
             z, call.slots.table, routing.tile_slots, routing.row_keys, self._zeros("down", tiles * blocks),
             factor=factor, width=call.width, tile=TILE, module_key=call.module_key,
@@ -229,7 +233,7 @@ class TritonBackend:
             overlap=self._overlap,
         )  # fmt: skip
 
-    def _product(
+    def _way(
         self,
         z: torch.Tensor,
         weight: torch.Tensor,
@@ -241,27 +245,54 @@ class TritonBackend:
         *,
         factor: int,
         out: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The frozen product with the adapters' part in it, the way that is fastest here."""
-        ways = self._ways(z, weight, bias, q, call, adapters, routing, factor=factor, out=out)
-        default = next(iter(ways))
-        if self._tuner is None or len(ways) == 1:
-            return ways[default]()
+    ) -> Way:
+        """How the product is computed: the way that is fastest here, measured when the problem is first seen."""
         forward = factor == FACTOR_B
+        fuses = self._fuses(z, weight)
+        bucket = (z.shape[0] - 1).bit_length()
+        key = (bucket, *weight.shape, call.width, forward, call.drop, z.dtype, fuses)
+        way = self._chosen.get(key)
+        if way is not None:
+            return way
+        ways = self._ways(fuses=fuses)
+        if self._tuner is None or len(ways) == 1:
+            return self._chosen.setdefault(key, ways[0])
         problem = Problem(
-            tokens=1 << max(0, z.shape[0] - 1).bit_length(), inner=z.shape[1], width=weight.shape[0 if forward else 1],
+            tokens=1 << bucket, inner=z.shape[1], width=weight.shape[0 if forward else 1],
             columns=call.width, forward=forward, drop=call.drop, dtype=str(z.dtype),
         )  # fmt: skip
+        by_name = {way.name: way for way in ways}
         choice = self._tuner.known(problem)
-        if choice not in ways:
+        if choice not in by_name:
             if torch.cuda.is_current_stream_capturing():
-                return ways[default]()
-            candidates = {name: way for name, way in ways.items() if name != EXPAND or not expand_is_hopeless(problem)}
-            choice = self._tuner.measure(problem, candidates)
-        return ways[choice]()
+                return ways[0]
+            run = partial(self._product, factor=factor, out=out)
+            arguments = (z, weight, bias, q, call, adapters, routing)
+            choice = self._tuner.measure(
+                problem,
+                {
+                    name: partial(run, way, *arguments)
+                    for name, way in by_name.items()
+                    if way.kind != EXPAND or not expand_is_hopeless(problem)
+                },
+            )
+        return self._chosen.setdefault(key, by_name[choice])
 
-    def _ways(
+    def _ways(self, *, fuses: bool) -> list[Way]:
+        """Every way to compute a product on this device that ``strategy`` allows, the likeliest first."""
+        ways = []
+        if fuses:
+            if self._hopper and self.strategy in ("auto", HOPPER):
+                ways = [Way(HOPPER, group) for group in GROUPS]
+            elif self.strategy in ("auto", FUSED):
+                ways = [Way(FUSED, group) for group in GROUPS]
+        if not ways or self.strategy in ("auto", EXPAND):
+            ways.append(Way(EXPAND))
+        return ways
+
+    def _product(
         self,
+        way: Way,
         z: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
@@ -271,9 +302,10 @@ class TritonBackend:
         routing: Routing,
         *,
         factor: int,
-        out: torch.Tensor | None,
-    ) -> dict[str, Callable[[], torch.Tensor]]:
-        """Every way to compute the product on this device that ``strategy`` allows, the likeliest first."""
+        out: torch.Tensor | None = None,
+        stream: torch.cuda.Stream | None = None,
+    ) -> torch.Tensor:
+        """The frozen product with the adapters' part in it."""
         forward = factor == FACTOR_B
         operands = (call.slots.table, routing.tile_slots, routing.row_keys)
         shared = {
@@ -286,34 +318,21 @@ class TritonBackend:
             # A dependent launch follows its predecessor on one stream; beside it there is none.
             "overlap": self._overlap and (forward or self._stream is None),
         }
-
-        def hopper(group: int) -> torch.Tensor:
+        if way.kind == HOPPER:
             return hopper_product(
-                z, weight, bias, q, *operands, programs=self._programs, group=group, out=out, **shared
-            )
-
-        def fused(group: int) -> torch.Tensor:
-            config = ProductConfig(group=group)
+                z, weight, bias, q, *operands,
+                programs=self._programs, group=way.group, stream=stream, out=out, **shared,
+            )  # fmt: skip
+        if way.kind == FUSED:
+            config = ProductConfig(group=way.group)
             return product(
                 z, weight, bias, q, *operands, config=config, programs=self._programs,
-                pure=_pure(routing, config.block_m), out=out, **shared,
+                pure=_pure(routing, config.block_m), stream=stream, out=out, **shared,
             )  # fmt: skip
-
-        def expanded() -> torch.Tensor:
+        with torch.cuda.stream(stream):  # of None: the current one
             y = F.linear(z, weight, bias) if forward else torch.mm(z, weight, out=out)
             expand_(y, q, *operands, **shared)
-            return y
-
-        ways: dict[str, Callable[[], torch.Tensor]] = {}
-        if self._fuses(z, weight):
-            for group in GROUPS:
-                if self._hopper and self.strategy in ("auto", "hopper"):
-                    ways[f"hopper {group}"] = partial(hopper, group)
-                elif self.strategy in ("auto", "fused"):
-                    ways[f"fused {group}"] = partial(fused, group)
-        if not ways or self.strategy in ("auto", "expand"):
-            ways[EXPAND] = expanded
-        return ways
+        return y
 
     def _dy_products(
         self, dy: torch.Tensor, s: torch.Tensor, call: _Call, adapters: LinearAdapters, routing: Routing

@@ -2,6 +2,7 @@
 
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,24 @@ def test_side_stream_changes_nothing():
     assert torch.equal(one.y, two.y)
     assert torch.equal(one.dx, two.dx)
     assert all(torch.equal(a, b) for a, b in zip(one.grads, two.grads, strict=True))
+
+
+def test_one_backend_serves_any_alignment_and_any_adapters_in_turn():
+    """Kernels are looked up by facts about their arguments: cases that differ in one fact each must not be mixed up."""
+    backend = TritonBackend()
+    for tokens, size, rank, offset, dtype in [
+        (512, (512, 512), 16, 0, torch.bfloat16),
+        (512, (512, 512), 16, 1, torch.bfloat16),
+        (513, (512, 512), 16, 0, torch.bfloat16),
+        (512, (520, 512), 16, 0, torch.bfloat16),
+        (512, (512, 520), 16, 0, torch.bfloat16),
+        (512, (512, 512), 5, 0, torch.bfloat16),
+        (512, (512, 512), 16, 0, torch.float16),
+        (512, (512, 512), 16, 0, torch.float32),
+        (512, (512, 512), 16, 0, torch.bfloat16),
+    ]:
+        case = random_case(1, tokens=tokens, size=size, slots=3, dtype=dtype, device="cuda", ranks=[rank])
+        if offset:
+            shifted = torch.empty(case.x.numel() + offset, dtype=dtype, device="cuda")[offset:].view_as(case.x)
+            case = replace(case, x=shifted.copy_(case.x))
+        assert worst_ratio(backend, case) <= 1.5, (tokens, size, rank, offset, dtype)

@@ -1,0 +1,99 @@
+"""Launches compiled kernels with little work on the host.
+
+Triton sorts a call's arguments anew each time: 40 to 80 microseconds a launch, of which a linear needs six, so short
+microbatches would wait for Python. What Triton compiles depends on few facts: the constants, and of each argument its
+type, whether an address is a multiple of 16, and whether a number is 1 or a multiple of 16. A launcher keeps the
+compiled kernel by these facts and hands it plain addresses.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from triton.runtime.jit import JITFunction
+
+
+class Launcher:
+    """One kernel.
+
+    Args:
+        kernel: a function under ``triton.jit`` or ``gluon.jit`` whose constants come after its other parameters.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+        self._compiled: dict[tuple[Any, ...], tuple[Callable[..., Any], tuple[Any, ...]]] = {}
+        is_compiled = isinstance(kernel, JITFunction)
+        self._free = frozenset(p.num for p in kernel.params if p.do_not_specialize) if is_compiled else None
+
+    def __call__(
+        self,
+        grid: tuple[int, int, int],
+        arguments: tuple[Any, ...],
+        *,
+        stream: torch.cuda.Stream | None = None,
+        options: dict[str, Any] | None = None,
+        **constants: Any,
+    ) -> None:
+        """Launch.
+
+        Args:
+            grid: programs along each axis.
+            arguments: tensors, tensor descriptors, integers or None, in the kernel's order.
+            stream: where to launch; None: the current stream.
+            options: Triton's own (``num_warps``, ``num_stages``, ``maxnreg``, ``launch_pdl``).
+            **constants: the kernel's constants, in its order.
+
+        """
+        options = options or {}
+        if self._free is None:  # the interpreter
+            self._kernel[grid](*arguments, **constants, **options)
+            return
+        facts, values = _sorted_out(arguments, self._free)
+        key = (*facts, *constants.values(), *options.values())
+        found = self._compiled.get(key)
+        if found is None:
+            with torch.cuda.stream(stream):  # of None: the current one
+                kernel = self._kernel[grid](*arguments, **constants, **options)
+            self._compiled[key] = kernel, tuple(constants.values())
+            return
+        kernel, tail = found
+        kernel[grid](*values, *tail, stream=None if stream is None else stream.cuda_stream)  # type: ignore[index]
+
+
+def _sorted_out(arguments: tuple[Any, ...], free: frozenset[int]) -> tuple[list[Any], list[Any]]:
+    """(what the compiled code depends on, what the launch passes)."""
+    facts: list[Any] = []
+    values: list[Any] = []
+    for at, argument in enumerate(arguments):
+        kind = type(argument)
+        if kind is int:
+            facts.append(argument.bit_length() > 31)
+            if at not in free:
+                facts.append("one" if argument == 1 else argument & 15 == 0)
+            values.append(argument)
+        elif kind is torch.Tensor or isinstance(argument, torch.Tensor):
+            if not at:
+                facts.append(argument.get_device())
+            address = argument.data_ptr()
+            facts.append(argument.dtype)
+            facts.append(address & 15 == 0)
+            values.append(address)
+        elif argument is None:
+            facts.append(None)
+            values.append(None)
+        else:
+            facts.append(argument.base.dtype)
+            facts.append(argument.base.get_device())
+            values.append(argument)
+    return facts, values
+
+
+def cdiv(value: int, by: int) -> int:
+    """``ceil(value / by)``; Triton's own is made for its compiler and takes microseconds."""
+    return -(-value // by)
+
+
+def power_of_two(value: int) -> int:
+    """The smallest power of two that is not less than a positive value."""
+    return 1 << (value - 1).bit_length()

@@ -1,0 +1,94 @@
+"""The launcher's memory of compiled kernels: the same facts, the same code; any other fact, Triton is asked."""
+
+import pytest
+import torch
+from triton.runtime.jit import JITFunction
+
+from lorafusion_megatron.kernels.launch import Launcher, cdiv, power_of_two
+
+
+class Compiled:
+    """Stands for a compiled kernel; keeps what it was launched with."""
+
+    def __init__(self):
+        self.launches = []
+
+    def __getitem__(self, grid):
+        return lambda *values, stream=None: self.launches.append((grid, values, stream))
+
+
+class Watched(JITFunction):
+    """A kernel that counts how often Triton has to sort its arguments out."""
+
+    def __getitem__(self, grid):
+        def run(*arguments, **constants):
+            self.seen.append((grid, arguments, constants))
+            self.compiled.append(Compiled())
+            return self.compiled[-1]
+
+        return run
+
+
+def _kernel(x_ptr, stride, count, y_ptr, SIZE):
+    pass
+
+
+@pytest.fixture
+def watched():
+    kernel = Watched(_kernel, do_not_specialize=["count"])
+    kernel.seen, kernel.compiled = [], []
+    return kernel
+
+
+def test_the_same_facts_launch_the_compiled_kernel_with_addresses(watched):
+    launch = Launcher(watched)
+    x, y = torch.zeros(64), torch.zeros(64)
+    launch((1, 1, 1), (x, 32, 7, y), options={"num_warps": 4}, SIZE=16)
+    launch((5, 2, 1), (y, 48, 9, x), options={"num_warps": 4}, SIZE=16)
+    assert watched.seen == [((1, 1, 1), (x, 32, 7, y), {"SIZE": 16, "num_warps": 4})]
+    assert watched.compiled[0].launches == [((5, 2, 1), (y.data_ptr(), 48, 9, x.data_ptr(), 16), None)]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"stride": 33},
+        {"stride": 1},
+        {"stride": 1 << 36},
+        {"count": 1 << 40},
+        {"dtype": torch.bfloat16},
+        {"offset": 1},
+        {"y": None},
+        {"SIZE": 32},
+        {"num_warps": 8},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_any_other_fact_asks_triton(watched, other):
+    launch = Launcher(watched)
+    given = {"stride": 32, "count": 7, "dtype": torch.float32, "offset": 0, "y": torch.zeros(8), "SIZE": 16}
+    for facts in (given, given | other):
+        x = torch.zeros(64, dtype=facts["dtype"])[facts["offset"] :]
+        options = {"num_warps": facts.get("num_warps", 4)}
+        launch((1, 1, 1), (x, facts["stride"], facts["count"], facts["y"]), options=options, SIZE=facts["SIZE"])
+    assert len(watched.seen) == 2
+
+
+def test_a_number_that_is_not_specialised_may_change(watched):
+    launch = Launcher(watched)
+    x = torch.zeros(64)
+    for count in (1, 16, 17, -5):
+        launch((1, 1, 1), (x, 32, count, None), SIZE=16)
+    assert len(watched.seen) == 1
+
+
+def test_parameters_are_tensors(watched):
+    launch = Launcher(watched)
+    launch((1, 1, 1), (torch.nn.Parameter(torch.zeros(64)), 32, 7, None), SIZE=16)
+    launch((1, 1, 1), (torch.zeros(64), 32, 7, None), SIZE=16)
+    assert len(watched.seen) == 1
+
+
+def test_whole_numbers():
+    assert [cdiv(value, 4) for value in (0, 1, 4, 5)] == [0, 1, 1, 2]
+    assert [power_of_two(value) for value in (1, 2, 3, 16, 17)] == [1, 2, 4, 16, 32]
