@@ -3,7 +3,7 @@
 Hill climbing (`refine.py`) stops where few samples make up a round: each long sample sits in a local optimum, and the
 way out leads over worse streams. Here a move is also accepted where it costs less than a threshold that falls to
 nothing (Dueck and Scheuer, "Threshold accepting", 1990). What one move changes is `waiting_time` of at most
-``2 * REACH + width`` neighbours, so moves that far apart are weighed together, as arrays.
+``2 * reach + width`` neighbours, so moves that far apart are weighed together, as arrays.
 
 Each step owns a window of positions; windows of a job's neighbouring steps are the dependency distance apart, so
 no move within them can break it. A border between two windows moves by one position where no sample is in the way.
@@ -26,15 +26,31 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
-REACH = 12
-"""Positions around the middle of a place that its move may touch."""
 CANDIDATES = 16
 """Moves weighed per place, of which the best is taken: costs twice the time of one."""
 RESOLUTION = 1 << 20
 SWAPS = 0.6
 """Share of moves that exchange two samples."""
-BORDERS_EVERY = 4
-"""Rounds after which the borders between steps move."""
+EXCHANGE_EVERY = 2
+"""Rounds after which neighbouring positions are exchanged."""
+EXCHANGE_GAP = 6
+"""Positions that exchange their microbatches stand at most this far apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cooling:
+    """How long and how hot a stream is annealed."""
+
+    rounds: int
+    """How often each place is looked at."""
+    threshold: float
+    """What a move may add at first, as a share of a position's mean time."""
+    reach: int = 12
+    """Positions around the middle of a place that its move may touch."""
+    borders_every: int = 4
+    """Rounds after which the borders between steps move."""
+    exchange: bool = False
+    """Exchange whole positions too."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +80,10 @@ class _Changed:
 class _Stream:
     """The stream of one replica as arrays: steps g by (job, step), samples i by step."""
 
-    def __init__(self, rows: Sequence[Row], weights: Weights, capacity: int, distance: int, width: int) -> None:
-        self.weights, self.capacity, self.distance, self.width = weights, capacity, distance, width
+    def __init__(
+        self, rows: Sequence[Row], weights: Weights, capacity: int, distance: int, width: int, reach: int
+    ) -> None:
+        self.weights, self.capacity, self.distance, self.width, self.reach = weights, capacity, distance, width, reach
         self.count = len(rows)
         placed = sorted(
             ((sample.job, sample.step, sample.position), position, sample)
@@ -108,7 +126,7 @@ class _Stream:
         total = math.fsum(self._seconds(self.tokens, self.squares).tolist())
         self.scale = RESOLUTION * self.count / max(1e-300, total)
         # Positions of no time on both sides, so that every move has all of its neighbours.
-        self.edge = 2 * (REACH + self.width)
+        self.edge = 2 * (self.reach + self.width)
         self.times = np.pad(self._time(self.tokens, self.squares), self.edge)
 
     def _padded(self, rows: Ints) -> Ints:
@@ -127,15 +145,15 @@ class _Stream:
         step = self.step_at[middles, (random[0] * self.jobs).astype(np.int64)]
         one = self.first[step] + (random[1] * self.size[step]).astype(np.int64)
         source = self.at[one]
-        low = np.maximum(self.low[step], source - REACH)
-        high = np.minimum(self.high[step], source + REACH)
+        low = np.maximum(self.low[step], source - self.reach)
+        high = np.minimum(self.high[step], source + self.reach)
         target = low + (random[2] * (high - low + 1)).astype(np.int64)
         theirs = self.step_at[target, (random[3] * self.jobs).astype(np.int64)]
         other = self.first[theirs] + (random[4] * self.size[theirs]).astype(np.int64)
         swap = random[5] < SWAPS
         target = np.where(swap, self.at[other], target)
         allowed = (source != target) & (target >= self.low[step]) & (target <= self.high[step])
-        allowed &= (abs(source - middles) <= REACH) & (abs(target - middles) <= REACH)
+        allowed &= (abs(source - middles) <= self.reach) & (abs(target - middles) <= self.reach)
         allowed &= ~swap | ((source >= self.low[theirs]) & (source <= self.high[theirs]))
         return _Moves(np.arange(len(middles)), one, other, swap, source, target).pick(np.flatnonzero(allowed))
 
@@ -165,7 +183,7 @@ class _Stream:
 
     def cost(self, moves: _Moves, changed: _Changed, middles: Ints) -> Ints:
         """Waiting time that each move adds."""
-        reach = REACH + self.width - 1
+        reach = self.reach + self.width - 1
         places = len(middles) // CANDIDATES
         around = self.times[self.edge + middles[:places, None] + np.arange(-reach, reach + 1)]
         before = _waiting(around, self.width)
@@ -189,6 +207,36 @@ class _Stream:
             self.times[self.edge + position] = changed.times[end][chosen]
         self.at[moves.one] = moves.target
         self.at[moves.other[moves.swap]] = moves.source[moves.swap]
+
+    def exchange(self, random: Floats, threshold: float) -> None:
+        """Exchange the microbatches of two near positions, at places that don't touch each other.
+
+        Args:
+            random: [3, places]; the first of each row decides where the places lie.
+            threshold: time that an exchange may add, times the third number.
+        """
+        apart = EXCHANGE_GAP + self.width
+        first = np.arange(int(random[0, 0] * apart), self.count - EXCHANGE_GAP, apart)
+        second = first + 1 + (random[1, : len(first)] * EXCHANGE_GAP).astype(np.int64)
+        late = (self.rows[first] == 0) | (self.high[self.step_at[first]] >= second[:, None])
+        early = (self.rows[second] == 0) | (self.low[self.step_at[second]] <= first[:, None])
+        allowed = np.flatnonzero((late & early).all(axis=1))
+        first, second, random = first[allowed], second[allowed], random[2, allowed]
+        around = self.times[self.edge + first[:, None] + np.arange(1 - self.width, self.width + EXCHANGE_GAP)]
+        before = _waiting(around, self.width)
+        index, other = np.arange(len(first)), self.width - 1 + second - first
+        around[index, self.width - 1] = self.times[self.edge + second]
+        around[index, other] = self.times[self.edge + first]
+        chosen = np.flatnonzero(_waiting(around, self.width) - before < threshold * random)
+        self._exchange(first[chosen], second[chosen])
+
+    def _exchange(self, first: Ints, second: Ints) -> None:
+        here, there = np.r_[first, second], np.r_[second, first]
+        for loads, edge in ((self.rows, 0), (self.tokens, 0), (self.squares, 0), (self.times, self.edge)):
+            loads[edge + here] = loads[edge + there]
+        position = np.arange(self.count)
+        position[here] = there
+        self.at = position[self.at]
 
     def shift_borders(self, parity: int, random: Floats) -> None:
         """Move every other border between two steps of a job by one, where no sample is in the way."""
@@ -222,11 +270,11 @@ def _waiting(times: Ints, width: int) -> Ints:
 
 
 def anneal_rows(
-    rows: Sequence[Row], weights: Weights, *, capacity: int, distance: int, width: int, rounds: int, threshold: float
+    rows: Sequence[Row], weights: Weights, *, capacity: int, distance: int, width: int, cooling: Cooling
 ) -> list[Row]:
     """Lower the time that stages wait for their neighbours by moves that may also cost a little at first.
 
-    In each round, at places ``2 * REACH + width`` positions apart, the move that adds least to `waiting_time` is made
+    In each round, at places ``2 * reach + width`` positions apart, the move that adds least to `waiting_time` is made
     if it adds less than ``threshold * mean time * left^2 * u``, with u drawn from [0, 1) and ``left`` the share of
     rounds to come.
 
@@ -236,19 +284,20 @@ def anneal_rows(
         capacity: padded tokens of a microbatch.
         distance: dependency distance.
         width: how many neighbours wait for each other.
-        rounds: how often each place is looked at.
-        threshold: what a move may add at first, as a share of a position's mean time.
+        cooling: rounds and threshold.
 
     Returns:
         A valid stream of as many positions. Its waiting time may be greater where few rounds are made: compare.
 
-    Note: 0.1 to 0.2 ms a round for 1,000 samples, 0.4 ms for 8,000. Draws come from a fixed seed.
+    Note: 0.1 to 0.2 ms a round for 1,000 samples, 0.4 ms for 8,000; twice that with ``reach`` 8 and exchanges. Draws
+    come from a fixed seed.
     """
-    stream = _Stream(rows, weights, capacity, distance, width)
+    stream = _Stream(rows, weights, capacity, distance, width, cooling.reach)
     rng = np.random.default_rng(0)
-    apart = 2 * REACH + width
-    for turn in range(rounds):
-        left = 1 - turn / rounds
+    apart = 2 * cooling.reach + width
+    for turn in range(cooling.rounds):
+        left = 1 - turn / cooling.rounds
+        threshold = cooling.threshold * RESOLUTION * left * left
         middles = np.arange(int(rng.integers(apart)), stream.count, apart)
         places = len(middles)
         middles = np.tile(middles, CANDIDATES)
@@ -256,12 +305,14 @@ def anneal_rows(
         moves = stream.draw(middles, random)
         if len(moves.place):
             changed = stream.weigh(moves)
-            cost = stream.cost(moves, changed, middles) - threshold * RESOLUTION * left * left * random[6, moves.place]
+            cost = stream.cost(moves, changed, middles) - threshold * random[6, moves.place]
             fits = (changed.tokens[0] <= capacity) & (changed.tokens[1] <= capacity)
             chosen = _best_of_each(np.where(fits, cost, np.inf), moves.place, places)
             stream.apply(moves, changed, chosen)
-        if turn % BORDERS_EVERY == 0:
+        if turn % cooling.borders_every == 0:
             stream.shift_borders(int(rng.integers(2)), rng.random(len(stream.first)))
+        if cooling.exchange and turn % EXCHANGE_EVERY == 0 and stream.count > EXCHANGE_GAP:
+            stream.exchange(rng.random((3, stream.count)), threshold)
     return stream.result()
 
 

@@ -35,7 +35,7 @@ FOREIGN = 0.001
 FINAL_STRETCH = 1.02
 """The last microbatches of a window may be this much longer than the target, rather than be one more."""
 LEAST_TARGET = 0.3
-"""The supply never lowers the target below this share: smaller ones would pay more fixed cost than they save."""
+"""As a share of the target: still smaller microbatches would pay more fixed cost than they save."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,8 @@ class FlowLimits:
     weights: Weights
     target: float
     """Predicted time that a microbatch should take, without its fixed part."""
+    least: float = LEAST_TARGET
+    """The supply never lowers the target below this share of it."""
     follow: bool = False
     """Fill up to the longest of the last ``distance`` microbatches: beside it a longer one costs no time."""
 
@@ -129,7 +131,7 @@ class _Flow:
         elif not self.sleeping and supply:
             # The end of the window: spread what is left evenly.
             return supply / limits.replicas / -(-supply // (FINAL_STRETCH * target * limits.replicas))
-        return max(min(target, least / limits.replicas), LEAST_TARGET * limits.target)
+        return max(min(target, least / limits.replicas), limits.least * limits.target)
 
     def take(self, microbatch: Bin, entry: Entry) -> None:
         tokens, job, index = entry

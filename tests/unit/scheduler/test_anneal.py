@@ -1,12 +1,13 @@
 """Annealing: what it gains where few samples make up a round, what it keeps, and its bookkeeping."""
 
+import hashlib
 import random
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from lorafusion_megatron.scheduler import anneal, stagger
+from lorafusion_megatron.scheduler import anneal, settle
 from lorafusion_megatron.scheduler.build import build_schedule
 from lorafusion_megatron.scheduler.options import PlanOptions
 from lorafusion_megatron.scheduler.report import report_plan
@@ -31,11 +32,16 @@ def _uneven_jobs(steps: int, batch: int) -> list[list[GlobalBatch]]:
 def test_few_samples_on_eight_stages_leave_less_idle(monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = _uneven_jobs(24, 8)
     options = PlanOptions(token_capacity=4096, stages=8)
-    share = report_plan(build_schedule(jobs, options), jobs, options).bubble_share
-    monkeypatch.setattr(stagger, "ANNEAL_FROM", 1.0)
-    before = report_plan(build_schedule(jobs, options), jobs, options).bubble_share
+
+    def share() -> float:
+        return report_plan(build_schedule(jobs, options), jobs, options).bubble_share
+
+    long = share()
+    monkeypatch.setattr(settle, "HOLDS", 1.0)
+    short = share()
+    monkeypatch.setattr(settle, "ANNEAL_FROM", 1.0)
     # Filling and draining alone take 2.6 %.
-    assert share < 0.21 < 0.215 < before
+    assert long < 0.19 < short < 0.21 < 0.215 < share()
 
 
 def _rows() -> list:  # type: ignore[type-arg]
@@ -49,9 +55,11 @@ def _rows() -> list:  # type: ignore[type-arg]
     return out
 
 
-def test_annealing_keeps_samples_capacity_and_distance() -> None:
+@pytest.mark.parametrize(("reach", "exchange"), [(12, False), (6, True)])
+def test_annealing_keeps_samples_capacity_and_distance(reach: int, exchange: bool) -> None:
     rows = _rows()
-    options = {"capacity": 48, "distance": 5, "width": 4, "rounds": 200, "threshold": 0.2}
+    cooling = anneal.Cooling(rounds=200, threshold=0.2, reach=reach, borders_every=2, exchange=exchange)
+    options = {"capacity": 48, "distance": 5, "width": 4, "cooling": cooling}
     found = anneal.anneal_rows(rows, Weights(), **options)  # type: ignore[arg-type]
     assert anneal.anneal_rows(rows, Weights(), **options) == found  # type: ignore[arg-type]
     key = lambda s: (s.job, s.step, s.position)  # noqa: E731
@@ -73,9 +81,9 @@ def test_annealing_keeps_samples_capacity_and_distance() -> None:
 
 def test_loads_are_kept_up_to_date_move_by_move() -> None:
     weights = Weights(fixed=2.0, per_token=1.0, per_square=0.01, multiple=4)
-    stream = anneal._Stream(_rows(), weights, 60, 5, 4)
+    stream = anneal._Stream(_rows(), weights, 60, 5, 4, 12)
     rng = np.random.default_rng(1)
-    moved = 0
+    moved = exchanged = 0
     for turn in range(60):
         middles = np.tile(np.arange(turn % 28, stream.count, 28), anneal.CANDIDATES)
         moves = stream.draw(middles, rng.random((7, len(middles))))
@@ -87,10 +95,15 @@ def test_loads_are_kept_up_to_date_move_by_move() -> None:
         # Places do not touch each other: what the moves add together is the sum of what each was said to add.
         assert _waiting(stream.times) == total + cost
         moved += len(chosen)
+        total, order = _waiting(stream.times), stream.times.copy()
+        stream.exchange(rng.random((3, stream.count)), 0.0)
+        assert _waiting(stream.times) <= total
+        exchanged += not np.array_equal(order, stream.times)
         stream.shift_borders(turn % 2, rng.random(len(stream.first)))
         assert (stream.at >= np.repeat(stream.low, stream.size)).all()
         assert (stream.at <= np.repeat(stream.high, stream.size)).all()
     assert moved > 60
+    assert exchanged > 5
     parts = [weights.part(r.parts[0]) for r in stream.result()]
     inner = stream.times[stream.edge : -stream.edge] / stream.scale
     np.testing.assert_allclose(inner, parts, rtol=1e-5, atol=1e-5)
@@ -103,8 +116,34 @@ def _waiting(times: np.ndarray) -> int:
 def test_replicas_interleaving_and_empty_steps_are_left_alone() -> None:
     jobs = batches([[[5, 60]] * 3, [[7, 9]] * 3])
     covered = PlanOptions(token_capacity=64, stages=4)
-    assert stagger._can_anneal(jobs, covered)
-    assert not stagger._can_anneal(jobs, PlanOptions(token_capacity=64, stages=4, replicas=2))
-    assert not stagger._can_anneal(jobs, PlanOptions(token_capacity=64, stages=4, virtual_stages=2))
-    assert not stagger._can_anneal(batches([[[5], [], [5]]]), covered)
-    assert not stagger._can_anneal(batches([[[5]]] * (stagger.MOST_JOBS + 1)), covered)
+    assert settle.can_anneal(jobs, covered)
+    assert not settle.can_anneal(jobs, PlanOptions(token_capacity=64, stages=4, replicas=2))
+    assert not settle.can_anneal(jobs, PlanOptions(token_capacity=64, stages=4, virtual_stages=2))
+    assert not settle.can_anneal(batches([[[5], [], [5]]]), covered)
+    assert not settle.can_anneal(batches([[[5]]] * (settle.MOST_JOBS + 1)), covered)
+
+
+def test_only_streams_that_idle_more_than_three_percent_are_annealed_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = _uneven_jobs(24, 8)
+    options = PlanOptions(token_capacity=4096, stages=4)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("annealed long")
+
+    monkeypatch.setattr(settle, "_anneal_long", refuse)
+    with pytest.raises(AssertionError, match="annealed long"):
+        build_schedule(jobs, PlanOptions(token_capacity=4096, stages=8))
+    build_schedule(jobs, options)
+
+
+@pytest.mark.parametrize(
+    ("batch", "stages", "digest"),
+    [(8, 4, "d075f3e1eaca6a83"), (20, 8, "85c3542cd17a3905"), (24, 8, "fec103f3a8f90781"), (32, 8, "2ad7b7a588804661")],
+)
+def test_streams_that_the_long_annealing_leaves_alone_are_as_before_it_was_made(
+    batch: int, stages: int, digest: str
+) -> None:
+    # The digests were taken one version earlier; the first stream is annealed shortly.
+    schedule = build_schedule(_uneven_jobs(24, batch), PlanOptions(token_capacity=4096, stages=stages))
+    stream = [[(s.job, s.step, s.position) for s in microbatch.samples] for microbatch in schedule.replicas[0]]
+    assert hashlib.sha256(repr(stream).encode()).hexdigest()[:16] == digest
