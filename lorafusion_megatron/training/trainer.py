@@ -17,6 +17,7 @@ from ..mcore.stream import DeviceBatch, StreamRunner
 from ..scheduler.trim import trim_schedule
 from ..scheduler.windows import WindowPlanner
 from ..types import GlobalBatch, Microbatch, Schedule, StepReport
+from . import garbage
 from .checkpoints import CheckpointWriter
 from .evaluate import mean_losses, plan_evaluation
 from .jobs import Job
@@ -189,7 +190,8 @@ class Trainer:
         events = self.inbox.decide(self.window, statuses, self.roster.check_new) if self.groups.is_first else None
         for event in self.groups.broadcast(events):
             self._obey(event)
-        self._release()
+        if (self._release() or self.window < 2) and self.groups.device.type == "cuda":
+            garbage.settle()
 
     def _settle(self, job: Job) -> None:
         """Give a mounted job the status that its last window left it with."""
@@ -218,11 +220,11 @@ class Trainer:
         job.reason = "" if event["op"] == "resume" else "asked for"
         self.progress.note(f"{job.name} is {job.status} at step {job.applied}")
 
-    def _release(self) -> None:
-        """Take ended jobs off the model once their last adapter is written."""
+    def _release(self) -> bool:
+        """Take ended jobs off the model once their last adapter is written; whether there were any."""
         ended = [job for job in self.jobs.values() if job.slot is not None and not job.live]
         if not ended:
-            return
+            return False
         self.saver.drain()
         unwritten = self.groups.broadcast([job.index for job in ended if not self.writer.has_last(job)])
         self.saver.expect([SaveItem(wants={index: self.jobs[index].applied}) for index in unwritten])
@@ -235,6 +237,7 @@ class Trainer:
             if job.name not in self.unsaved:
                 self.rack.unmount(job)
                 job.dataset = job.source = job.eval_dataset = None
+        return True
 
     def _plan(self) -> Schedule | None:
         """The next window, made on rank 0, the same on all ranks; None where no job is left to train.

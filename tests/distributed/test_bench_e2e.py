@@ -9,17 +9,7 @@ def test_every_variant_trains_the_same_samples_and_is_reported(tmp_path):
     out = tmp_path / "out"
     words = ["bench", "e2e", "--model", "tiny", "--pipeline", "2", "--device", "cpu", "--dtype", "float32"]
     words += ["--capacity", "512", "--sizes", "0,512", "--tokens", "3000", "--baseline-tokens", "3000"]
-    words += [
-        "--repeats",
-        "1",
-        "--batch-size",
-        "2",
-        "--workloads",
-        "xsum,heterogeneous",
-        "--out",
-        str(out),
-        "--profile",
-    ]
+    words += ["--repeats", "1", "--batch-size", "2", "--workloads", "xsum,heterogeneous", "--out", str(out)]
     finished = launch.Ranks(launch.command, (words,), world=2, folder=tmp_path / "logs").wait().check()
     report = json.loads((out / "e2e.json").read_text())
     assert list(report["workloads"]) == ["xsum", "heterogeneous"]
@@ -41,7 +31,14 @@ def test_every_variant_trains_the_same_samples_and_is_reported(tmp_path):
         assert abs(found["summary"]["both / sequential"] / ratio - 1) < 0.01
     assert {path.name for path in out.iterdir()} >= {"e2e.png", "timeline_xsum.png", "trace_xsum.json"}
     assert "GiB predicted" in finished.outputs[0]
-    operations = (out / "kernels_xsum_both.txt").read_text()
+
+
+def test_the_profile_lists_every_stage(tmp_path):
+    words = ["bench", "e2e", "--model", "tiny", "--pipeline", "2", "--device", "cpu", "--dtype", "float32"]
+    words += ["--capacity", "256", "--tokens", "1000", "--repeats", "1", "--batch-size", "1", "--workloads", "xsum"]
+    words += ["--only", "both", "--profile", "--out", str(tmp_path / "out")]
+    launch.Ranks(launch.command, (words,), world=2, folder=tmp_path / "logs").wait().check()
+    operations = (tmp_path / "out" / "kernels_xsum_both.txt").read_text()
     assert operations.startswith("stage 0: ")
     assert "\nstage 1: " in operations
     assert "LoraLinearFunction" in operations

@@ -21,6 +21,7 @@ from ...mcore.steps import StepRule
 from ...mcore.stream import Span, StreamRunner, WindowResult
 from ...scheduler.build import PlanOptions
 from ...types import AdapterSpec, Microbatch, ModelSpec, Schedule, StepEnd, Topology
+from ..garbage import settle
 from ..prefetch import prefetch
 from ..setup import linear_layouts
 from .eager import EagerLora, EagerSteps, Factors, IdleSteps, eager_factors
@@ -169,6 +170,7 @@ class Bench:
         noop = self._batch(Microbatch(), workload, schedule.padding_multiple).to(self.groups.device)[0]
         batches = [self._batch(m, workload, schedule.padding_multiple) for m in schedule.replicas[0]]
         self._rewind(outcome.variant.adapters)
+        settle()
         if self.groups.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         dist.barrier(group=self.groups.objects)
