@@ -35,10 +35,8 @@ def stage_work(cost: CostModel, loads: Sequence[StageLoad], stages: int, total: 
 def lemma_bound(batches: Sequence[Sequence[GlobalBatch]], options: PlanOptions, busy: Sequence[float]) -> float:
     """Idle share that the dependencies between a job's steps imply.
 
-    A step's samples all run between the start of its first microbatch on stage 0 and the start of the job's next
-    step there. That takes at least the way of the step's longest sample through all chunks and back, and on stage s
-    the step's whole work after the way there and before the way back of its shortest sample. The sum over a job's
-    steps bounds the whole; idle is what the stages' work leaves of it.
+    ``1 - mean(busy) / max over jobs of sum over its steps of step_seconds``: a job's steps follow one another on
+    stage 0 (`step_seconds`), so the sum bounds the whole from below; idle is what the stages' work leaves of it.
 
     Args:
         batches: per job its global batches.
@@ -48,30 +46,56 @@ def lemma_bound(batches: Sequence[Sequence[GlobalBatch]], options: PlanOptions, 
     Returns:
         0 where the dependencies leave room for a full pipeline.
     """
-    chain = max((sum(_step_seconds(batch, options) for batch in job) for job in batches), default=0.0)
+    chain = max((sum(step_seconds(batch, options) for batch in job) for job in batches), default=0.0)
     # Where a stage has more work than that, the dependencies are not what limits.
     return 1 - sum(busy) / (len(busy) * chain) if chain > max(busy) else 0.0
 
 
-def _step_seconds(batch: GlobalBatch, options: PlanOptions) -> float:
-    """Least time from the start of a step to the start of the job's next one."""
+def step_seconds(batch: GlobalBatch, options: PlanOptions) -> float:
+    """Least time from the start of a step on stage 0 to the start of the job's next one there.
+
+    ``max(way(longest) + sum over the others of min(forward, backward) on the first chunk,
+    max over stages s of work_s + way to s and back of the shortest)``, where ``way`` is forward and backward on every
+    chunk.
+
+    Proof. Let x be the longest sample, at position p. All of the step lies between its first forward on stage 0 and the
+    next step's, which comes after its last backward there. Stage 0 runs the forwards of the first chunk in the order of
+    positions, and so its backwards: what stands before p has its forward done when x starts, what stands after p has
+    its backward to come when x is back, and what shares p's microbatch lengthens it on every chunk. Whatever the
+    arrangement, each other sample adds at least the shorter of its two directions on the first chunk to the way of x.
+    With several replicas the others may run beside x on another one and add nothing. The second term: stage s works on
+    the whole step after the way there and before the way back of some sample.
+
+    Args:
+        batch: a global batch.
+        options: pipeline, replicas and cost model.
+
+    Returns:
+        Seconds; 0 without a sample.
+    """
     if not batch.samples:
         return 0.0
     cost, chunks, stages = options.cost_model, options.chunk_loads, options.stages
-    lengths = [sample.tokens for sample in batch.samples]
+    lengths = sorted(sample.tokens for sample in batch.samples)
+
+    def seconds(tokens: int, squares: int, chunk: StageLoad, backward: bool) -> float:
+        return cost.seconds(Load(tokens=tokens, squares=squares), chunk, backward=backward)
 
     def way(tokens: int, upto: int) -> float:
-        load = Load(tokens=tokens, squares=tokens * tokens)
-        return sum(
-            cost.seconds(load, chunk, backward=backward) for chunk in chunks[:upto] for backward in (False, True)
-        )
+        return sum(seconds(tokens, tokens**2, chunk, b) for chunk in chunks[:upto] for b in (False, True))
 
+    def added(tokens: int, backward: bool) -> float:
+        """What a sample adds to a microbatch of the longest on the first chunk, fixed costs left out."""
+        longest = lengths[-1]
+        alone = seconds(longest, longest**2, chunks[0], backward)
+        return seconds(longest + tokens, longest**2 + tokens**2, chunks[0], backward) - alone
+
+    beside = sum(min(added(n, False), added(n, True)) for n in lengths[:-1]) if options.replicas == 1 else 0.0
     rows = padded(sum(lengths), options.padding_multiple)
     total = Load(tokens=rows // options.replicas, squares=sum(n * n for n in lengths) // options.replicas)
     work = stage_work(cost, chunks, stages, total, 1)
-    shortest = min(lengths)
-    ways = [seconds + way(shortest, stage) for stage, seconds in enumerate(work)]
-    return max(way(max(lengths), len(chunks)), *ways)
+    ways = [own + way(lengths[0], stage) for stage, own in enumerate(work)]
+    return max(way(lengths[-1], len(chunks)) + beside, *ways)
 
 
 def lemma_positions(batches: Sequence[Sequence[GlobalBatch]], options: PlanOptions) -> int:

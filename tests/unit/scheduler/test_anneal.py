@@ -36,6 +36,7 @@ def test_few_samples_on_eight_stages_leave_less_idle(monkeypatch: pytest.MonkeyP
     def share() -> float:
         return report_plan(build_schedule(jobs, options), jobs, options).bubble_share
 
+    monkeypatch.setattr(settle, "LONG_ROUNDS", 8000)
     long = share()
     monkeypatch.setattr(settle, "HOLDS", 1.0)
     short = share()
