@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 PRELOAD = ["tests.preload"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -57,7 +59,8 @@ class Ranks:
         folder: Path,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        context = multiprocessing.get_context("forkserver")
+        # An import may use CUDA, and no fork of a process that did so can: on a GPU machine every rank starts anew.
+        context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
         context.set_forkserver_preload(PRELOAD)
         folder.mkdir(parents=True, exist_ok=True)
         port = _free_port()

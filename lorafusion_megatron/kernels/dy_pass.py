@@ -134,11 +134,26 @@ def dy_pass(
         ALIGN=align, OVERLAP=overlap, PRECISION="ieee",
         options=launch_options(overlap, num_warps=num_warps, num_stages=num_stages),
     )  # fmt: skip
+    return sum_strips(parts, s, table, tile_slots, tile=tile, align=align, overlap=overlap)
+
+
+def sum_strips(
+    parts: torch.Tensor,
+    s: torch.Tensor,
+    table: torch.Tensor,
+    tile_slots: torch.Tensor,
+    *,
+    tile: int,
+    align: int,
+    overlap: bool,
+) -> torch.Tensor:
+    """dS, shaped like S: its parts ``[strips, tokens, columns]``, summed in their order and scaled."""
+    strips, tokens, rb = parts.shape
     ds = torch.empty_like(s)
     rows = 16
     _launch_sum(
         (cdiv(tokens, rows), 1, 1),
-        (parts, ds, width, table, tile_slots, tokens, table.shape[0], strips),
+        (parts, ds, s.shape[1], table, tile_slots, tokens, table.shape[0], strips),
         TILE=tile, ROWS=rows, RB=rb, ALIGN=align, OVERLAP=overlap, options=launch_options(overlap, num_warps=1),
     )  # fmt: skip
     return ds

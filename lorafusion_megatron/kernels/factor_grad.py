@@ -144,7 +144,7 @@ def factor_grad(
     rb = min(power_of_two(width), 64)
     bn, bt = (block_n, block_t) if z.element_size() == 2 else (block_n // 2, block_t // 2)
     num_chunks = chunks.shape[0]
-    partial = table
+    partial = table.view(torch.float32)  # not read; of one type in both cases, or the kernel would be compiled for each
     if split:
         partial = torch.empty(num_chunks, features, width, dtype=torch.float32, device=z.device)
     _launch(

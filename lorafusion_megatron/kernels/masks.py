@@ -60,3 +60,17 @@ def keep_where(signs, z):
             pack=2,
         )
     return tl.where(signs < 0, z, 0.0)
+
+
+@triton.jit
+def computed_once(z):
+    """``z``, computed in one layout: what several products and stores need must not be computed for each of them.
+
+    Note: Triton moves a change of layout in front of element-wise operations, which copies all of them, loads
+    included, for every layout that a result is needed in.
+    """
+    if _PACKED and z.dtype.primitive_bitwidth == 16:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [z], dtype=z.dtype, is_pure=False, pack=2
+        )  # fmt: skip
+    return z

@@ -28,11 +28,23 @@ from .tables import COLUMNS, FACTOR_A, FACTOR_B, FIELDS, THRESHOLD
 ROWS = 64
 """Rows of one group of warps: the tile of the routing."""
 BM, BN, BK = 2 * ROWS, 256, 64
-STAGES = 3
+STAGES = 4
+WIDEST_FACTOR = 32
+"""Columns of an adapter that pass through a group's buffer at once."""
 _GOLDEN = gl.constexpr(0x9E3779B9)
 _M1 = gl.constexpr(0x7FEB352D)
 _M2 = gl.constexpr(0x846CA68B)
 _M3 = gl.constexpr(0xC2B2AE35)
+_WORDS = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[8, 0], [0, 4], [0, 8], [0, 16], [0, 32], [0, 64]],
+        lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[ROWS, BN // 2],
+    )
+)
+"""Layout of the mask's words: each thread draws those of its own accumulators."""
 _FACTOR_A, _FACTOR_B = gl.constexpr(FACTOR_A.value), gl.constexpr(FACTOR_B.value)
 _FIELDS, _COLUMNS, _THRESHOLD = gl.constexpr(FIELDS.value), gl.constexpr(COLUMNS.value), gl.constexpr(THRESHOLD.value)
 
@@ -72,20 +84,9 @@ def _copy(
 
 
 @gluon.jit
-def _dropped(acc, key_ptr, threshold, module_key, first_feature, row, tokens, MMA: gl.constexpr, BN: gl.constexpr):
+def _dropped(acc, key0, key1, threshold, module_key, first_feature, MMA: gl.constexpr, BN: gl.constexpr):
     """Zero the dropped elements of ``acc [64, BN]``: `masks.keep_signs` in this kernel's layouts."""
-    words: gl.constexpr = gl.DistributedLinearLayout(
-        reg_bases=[[8, 0], [0, 4], [0, 8], [0, 16], [0, 32], [0, 64]],
-        lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0]],
-        block_bases=[],
-        shape=[64, BN // 2],
-    )
-    rows = row + gl.arange(0, 64, gl.SliceLayout(1, words))
-    keys = key_ptr + rows.to(gl.int64) * 2
-    key0 = gl.load(keys, mask=rows < tokens, other=0).to(gl.uint32, bitcast=True)
-    key1 = gl.load(keys + 1, mask=rows < tokens, other=0).to(gl.uint32, bitcast=True)
-    index = (first_feature // 2 + gl.arange(0, BN // 2, gl.SliceLayout(0, words))).to(gl.uint32)
+    index = (first_feature // 2 + gl.arange(0, BN // 2, gl.SliceLayout(0, _WORDS))).to(gl.uint32)
     module = module_key.to(gl.uint32, bitcast=True)
     word = gl.expand_dims(key0, 1) + gl.expand_dims(index * _GOLDEN + module, 0)
     word = ((word ^ (word >> 16)) * _M1) ^ gl.expand_dims(key1 ^ (module * _M3), 1)
@@ -96,35 +97,67 @@ def _dropped(acc, key_ptr, threshold, module_key, first_feature, row, tokens, MM
 
 
 @gluon.jit
-def _add_adapter(
-    acc, buffer, q_ptr, q_stride, factor, columns, row, col, tokens, width,
+def _operands(
+    k, q_ptr, q_stride, factor, columns, row, col, tokens, width,
     FACTOR: gl.constexpr, KC: gl.constexpr, MMA: gl.constexpr, BN: gl.constexpr,
 ):  # fmt: skip
-    """``acc + Q F`` for 64 rows by BN features of one adapter; F passes through the group's store buffer."""
+    """KC columns of Q for 64 rows, and of the adapter's F for BN features, both from column k on."""
     lhs: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=MMA, k_width=2)
     across: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
     down: gl.constexpr = gl.BlockedLayout([8, 1], [2, 16], [1, 4], [0, 1])
-    for k in range(0, columns, KC):
-        q_rows = row + gl.arange(0, 64, gl.SliceLayout(1, lhs))
-        q_cols = k + gl.arange(0, KC, gl.SliceLayout(0, lhs))
-        q_at = q_ptr + gl.expand_dims(q_rows.to(gl.int64) * q_stride, 1) + gl.expand_dims(q_cols, 0)
-        q_mask = gl.expand_dims(q_rows < tokens, 1) & gl.expand_dims(q_cols < columns, 0)
-        q = gl.load(q_at, mask=q_mask, other=0.0)
-        if FACTOR == _FACTOR_A:
-            f_rows = k + gl.arange(0, KC, gl.SliceLayout(1, across))
-            f_cols = col + gl.arange(0, BN, gl.SliceLayout(0, across))
-            at = factor + gl.expand_dims(f_rows.to(gl.int64) * width, 1) + gl.expand_dims(f_cols, 0)
-        else:
-            f_rows = k + gl.arange(0, KC, gl.SliceLayout(1, down))
-            f_cols = col + gl.arange(0, BN, gl.SliceLayout(0, down))
-            at = factor + gl.expand_dims(f_rows, 1) + gl.expand_dims(f_cols.to(gl.int64) * columns, 0)
-        f_mask = gl.expand_dims(f_rows < columns, 1) & gl.expand_dims(f_cols < width, 0)
-        f = gl.load(at, mask=f_mask, other=0.0)
-        operand = buffer.slice(0, KC, dim=0)
-        operand.store(f)
-        fence_async_shared()
-        acc = warpgroup_mma(q, operand, acc)
-    return acc
+    q_rows = row + gl.arange(0, 64, gl.SliceLayout(1, lhs))
+    q_cols = k + gl.arange(0, KC, gl.SliceLayout(0, lhs))
+    q_at = q_ptr + gl.expand_dims(q_rows.to(gl.int64) * q_stride, 1) + gl.expand_dims(q_cols, 0)
+    q_mask = gl.expand_dims(q_rows < tokens, 1) & gl.expand_dims(q_cols < columns, 0)
+    q = gl.load(q_at, mask=q_mask, other=0.0)
+    if FACTOR == _FACTOR_A:
+        f_rows = k + gl.arange(0, KC, gl.SliceLayout(1, across))
+        f_cols = col + gl.arange(0, BN, gl.SliceLayout(0, across))
+        at = factor + gl.expand_dims(f_rows.to(gl.int64) * width, 1) + gl.expand_dims(f_cols, 0)
+    else:
+        f_rows = k + gl.arange(0, KC, gl.SliceLayout(1, down))
+        f_cols = col + gl.arange(0, BN, gl.SliceLayout(0, down))
+        at = factor + gl.expand_dims(f_rows, 1) + gl.expand_dims(f_cols.to(gl.int64) * columns, 0)
+    f_mask = gl.expand_dims(f_rows < columns, 1) & gl.expand_dims(f_cols < width, 0)
+    f = gl.load(at, mask=f_mask, other=0.0)
+    return q, f
+
+
+@gluon.jit
+def _begin(
+    t, tiles, row_blocks, col_blocks, q_ptr, q_stride, table, tile_slots, keys, tokens, width, num_slots,
+    HALF: gl.constexpr, FACTOR: gl.constexpr, DROP: gl.constexpr, ALIGN: gl.constexpr, KC: gl.constexpr,
+    GROUP: gl.constexpr, MMA: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+):  # fmt: skip
+    """Where tile t lies and what its first product needs; loads that nothing waits for yet. Past the end: no column."""
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    row_block, col_block = _place(gl.minimum(t, tiles - 1), row_blocks, col_blocks, GROUP)
+    row, col = row_block * BM + HALF * (BM // 2), col_block * BN
+    slot = gl.load(tile_slots + row // (BM // 2), mask=(row < tokens) & (t < tiles), other=-1)
+    known = (slot >= 0) & (slot < num_slots)
+    entry = table + gl.where(known, slot, 0).to(gl.int64) * _FIELDS
+    columns = gl.where(known, gl.load(entry + _COLUMNS), 0).to(gl.int32)
+    factor = gl.load(entry + FACTOR).to(gl.pointer_type(dtype))
+    if ALIGN > 0:
+        factor = gl.multiple_of(factor, 16)
+    if ALIGN == 8:
+        columns = gl.multiple_of(columns, 8)
+    q, f = _operands(0, q_ptr, q_stride, factor, columns, row, col, tokens, width, FACTOR, KC, MMA, BN)
+    rows = row + gl.arange(0, 64, gl.SliceLayout(1, _WORDS))
+    key0, key1, threshold = rows.to(gl.uint32), rows.to(gl.uint32), columns.to(gl.uint32)
+    if DROP:
+        threshold = gl.load(entry + _THRESHOLD).to(gl.uint32)
+        at = keys + rows.to(gl.int64) * 2
+        inside = (rows < tokens) & (t < tiles)
+        key0 = gl.load(at, mask=inside, other=0).to(gl.uint32, bitcast=True)
+        key1 = gl.load(at + 1, mask=inside, other=0).to(gl.uint32, bitcast=True)
+    return row, col, columns, factor, q, f, threshold, key0, key1
+
+
+@gluon.jit
+def _halves(x):
+    """The left and the right half of the columns, in registers."""
+    return x.reshape([x.shape[0], 2, x.shape[1] // 2]).permute(0, 2, 1).split()
 
 
 @gluon.jit
@@ -139,25 +172,29 @@ def _multiply(
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     row_blocks, col_blocks = gl.cdiv(tokens, BM), gl.cdiv(width, BN)
+    tiles = row_blocks * col_blocks
+    # F passes through the buffer before the main loop, the result in quarters after it.
+    operand = buffer.slice(0, KC, dim=0)
+    quarters = buffer._reinterpret(dtype, [2, BM // 2, BN // 4], y_desc.layout)
     step = 0
-    for t in range(gl.program_id(0), row_blocks * col_blocks, gl.num_programs(0)):
-        row_block, col_block = _place(t, row_blocks, col_blocks, GROUP)
-        row, col = row_block * BM + HALF * (BM // 2), col_block * BN
-        slot = gl.load(tile_slots + row // (BM // 2), mask=row < tokens, other=-1)
-        known = (slot >= 0) & (slot < num_slots)
-        entry = table + gl.where(known, slot, 0).to(gl.int64) * _FIELDS
-        columns = gl.where(known, gl.load(entry + _COLUMNS), 0).to(gl.int32)
-        factor = gl.load(entry + FACTOR).to(gl.pointer_type(dtype))
-        if ALIGN > 0:
-            factor = gl.multiple_of(factor, 16)
-        if ALIGN == 8:
-            columns = gl.multiple_of(columns, 8)
+    row, col, columns, factor, q, f, threshold, key0, key1 = _begin(
+        gl.program_id(0), tiles, row_blocks, col_blocks, q_ptr, q_stride, table, tile_slots, keys, tokens, width,
+        num_slots, HALF, FACTOR, DROP, ALIGN, KC, GROUP, MMA, BM, BN,
+    )  # fmt: skip
+    for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
         acc = gl.zeros((BM // 2, BN), gl.float32, MMA)
         tma.store_wait(0)
-        acc = _add_adapter(acc, buffer, q_ptr, q_stride, factor, columns, row, col, tokens, width, FACTOR, KC, MMA, BN)
+        operand.store(f)
+        fence_async_shared()
+        acc = warpgroup_mma(q, operand, acc)
+        for k in range(KC, columns, KC):
+            q, f = _operands(k, q_ptr, q_stride, factor, columns, row, col, tokens, width, FACTOR, KC, MMA, BN)
+            operand.store(f)
+            fence_async_shared()
+            acc = warpgroup_mma(q, operand, acc)
         if DROP:
-            threshold = gl.load(entry + _THRESHOLD).to(gl.uint32)
-            acc = _dropped(acc, keys, threshold, module_key, feature_offset + col, row, tokens, MMA, BN)
+            acc = _dropped(acc, key0, key1, threshold, module_key, feature_offset + col, MMA, BN)
+        to_row, to_col = row, col
         for k in range(0, inner, BK):
             at = step % STAGES
             mbarrier.wait(ready.index(at), step // STAGES & 1)
@@ -169,15 +206,34 @@ def _multiply(
             # The step before this one is done with its buffers.
             mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)
             step += 1
+        # While the last products run: what the next tile begins with.
+        row, col, columns, factor, q, f, threshold, key0, key1 = _begin(
+            t + gl.num_programs(0), tiles, row_blocks, col_blocks, q_ptr, q_stride, table, tile_slots, keys, tokens,
+            width, num_slots, HALF, FACTOR, DROP, ALIGN, KC, GROUP, MMA, BM, BN,
+        )  # fmt: skip
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), count=1)
         if BIAS:
-            at_bias = col + gl.arange(0, BN, gl.SliceLayout(0, MMA))
+            at_bias = to_col + gl.arange(0, BN, gl.SliceLayout(0, MMA))
             added = gl.load(bias + at_bias, mask=at_bias < width, other=0.0).to(gl.float32)
             acc = acc + gl.expand_dims(added, 0)
-        buffer.store(acc.to(dtype))
+        left, right = _halves(acc.to(dtype))
+        first, second = _halves(left)
+        third, fourth = _halves(right)
+        quarters.index(0).store(first)
         fence_async_shared()
-        tma.async_copy_shared_to_global(y_desc, [row, col], buffer)
+        tma.async_copy_shared_to_global(y_desc, [to_row, to_col], quarters.index(0))
+        quarters.index(1).store(second)
+        fence_async_shared()
+        tma.async_copy_shared_to_global(y_desc, [to_row, to_col + BN // 4], quarters.index(1))
+        tma.store_wait(1)
+        quarters.index(0).store(third)
+        fence_async_shared()
+        tma.async_copy_shared_to_global(y_desc, [to_row, to_col + BN // 2], quarters.index(0))
+        tma.store_wait(1)
+        quarters.index(1).store(fourth)
+        fence_async_shared()
+        tma.async_copy_shared_to_global(y_desc, [to_row, to_col + 3 * (BN // 4)], quarters.index(1))
     tma.store_wait(0)
 
 
@@ -186,7 +242,7 @@ def _hopper_kernel(
     z_desc, w_desc, y_desc, bias, q_ptr, q_stride, table, tile_slots, keys,
     tokens, width, inner, num_slots, module_key, feature_offset,
     FACTOR: gl.constexpr, W_BY_OUTPUT: gl.constexpr, DROP: gl.constexpr, BIAS: gl.constexpr, ALIGN: gl.constexpr,
-    KC: gl.constexpr, GROUP: gl.constexpr, OVERLAP: gl.constexpr,
+    KC: gl.constexpr, MOST: gl.constexpr, GROUP: gl.constexpr, OVERLAP: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Buffers and barriers; then each part of the warps does its work until all tiles are done."""
@@ -194,7 +250,8 @@ def _hopper_kernel(
     z_ring = gl.allocate_shared_memory(dtype, [2 * STAGES, BM // 2, BK], z_desc.layout)
     w_shape: gl.constexpr = [STAGES, BN, BK] if W_BY_OUTPUT else [STAGES, BK, BN]
     w_ring = gl.allocate_shared_memory(dtype, w_shape, w_desc.layout)
-    buffers = gl.allocate_shared_memory(dtype, [2, BM // 2, BN], y_desc.layout)
+    factors: gl.constexpr = gl.NVMMASharedLayout.get_default_for([MOST, BN], dtype)
+    buffers = gl.allocate_shared_memory(dtype, [2, MOST, BN], factors)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -284,12 +341,12 @@ def hopper_product(
         (
             _Block(z, z.shape, z.stride(), *_block(ROWS, BK, z.dtype)),
             _Block(w, w.shape, w.stride(), *_block(*((BN, BK) if forward else (BK, BN)), z.dtype)),
-            _Block(y, y.shape, y.stride(), *_block(ROWS, BN, z.dtype)),
+            _Block(y, y.shape, y.stride(), *_block(ROWS, BN // 4, z.dtype)),
             bias, q, q.shape[1], table, tile_slots, keys,
             tokens, width, inner, table.shape[0], module_key, feature_offset,
         ),
         FACTOR=factor, W_BY_OUTPUT=forward, DROP=drop, BIAS=bias is not None, ALIGN=align,
-        KC=min(power_of_two(q.shape[1]), 64), GROUP=group, OVERLAP=overlap,
+        KC=min(power_of_two(q.shape[1]), WIDEST_FACTOR), MOST=WIDEST_FACTOR, GROUP=group, OVERLAP=overlap,
         BM=BM, BN=BN, BK=BK, STAGES=STAGES,
         options=launch_options(overlap, num_warps=4, maxnreg=168), stream=stream,
     )  # fmt: skip

@@ -71,6 +71,21 @@ class LoraLinearFunction(torch.autograd.Function):
         return dx, None, None, None, None, None, None
 
 
+def routed_rows(x: torch.Tensor, adapters: LinearAdapters, routing: Routing) -> torch.Tensor:
+    """``x`` as ``[tokens, in]``.
+
+    Raises:
+        ValueError: its rows are not the rows of the routing.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[0] != routing.num_tokens:
+        raise ValueError(
+            f"{adapters.name} got {rows.shape[0]} rows but its routing covers {routing.num_tokens}; "
+            "under sequence parallel the input must be gathered before the adapters"
+        )
+    return rows
+
+
 def lora_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -98,11 +113,5 @@ def lora_linear(
     Raises:
         ValueError: the rows of x are not the rows of the routing.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] != routing.num_tokens:
-        raise ValueError(
-            f"{adapters.name} got {rows.shape[0]} rows but its routing covers {routing.num_tokens}; "
-            "under sequence parallel the input must be gathered before the adapters"
-        )
-    y = LoraLinearFunction.apply(rows, anchor, weight, bias, adapters, routing, backend)
+    y = LoraLinearFunction.apply(routed_rows(x, adapters, routing), anchor, weight, bias, adapters, routing, backend)
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -1,22 +1,24 @@
 """The Triton backend: the fused kernels over any number of adapters, each launch serving all of a microbatch's."""
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from ..kernels import dropout, tables
+from ..kernels import tables
 from ..kernels.down import down
 from ..kernels.dy_pass import dy_pass
 from ..kernels.expand import expand_
 from ..kernels.factor_grad import factor_grad
+from ..kernels.launch import power_of_two
 from ..kernels.product import ProductConfig, product
 from ..kernels.product_hopper import hopper_product
+from ..kernels.swiglu import swiglu_down, swiglu_grad
 from ..kernels.tuning import EXPAND, FUSED, GROUPS, HOPPER, Problem, Tuner, Way, cache_path, expand_is_hopeless
-from .adapters import LinearAdapter, LinearAdapters
+from .adapters import LinearAdapters
 from .routing import Routing
+from .triton_slots import Call, is_pure, make_slots, signed, with_gaps, with_rows
 
 TILE = 64
 """Rows per tile: the smallest that fills the matrix unit; larger ones waste more padding on every layer."""
@@ -25,31 +27,6 @@ WIDEST_JOINT, WIDEST_UNCACHED = 64, 32
 beyond, writing and reading the parts outweighs a second pass (measured, docs/kernels.md)."""
 FACTOR_A, FACTOR_B = tables.FACTOR_A.value, tables.FACTOR_B.value
 GRAD_A, GRAD_B = tables.GRAD_A.value, tables.GRAD_B.value
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Slots:
-    """A linear's slot table, valid while its adapters are these very objects."""
-
-    entries: tuple[tuple[int, LinearAdapter], ...]
-    table: torch.Tensor
-    align: int
-
-    def serves(self, adapters: LinearAdapters) -> bool:
-        """Whether no slot was attached, replaced or removed since."""
-        now = adapters.by_slot
-        return len(now) == len(self.entries) and all(now.get(slot) is adapter for slot, adapter in self.entries)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Call:
-    """What one launch sequence needs to know of a linear and a microbatch."""
-
-    slots: _Slots
-    width: int
-    """Columns of S: the widest adapter's in this microbatch, rounded up to 16."""
-    drop: bool
-    module_key: int
 
 
 class TritonBackend:
@@ -135,7 +112,7 @@ class TritonBackend:
         call = self._call(adapters, routing)
         if call is None:
             return F.linear(x, weight, bias), None
-        x = _rows(x)
+        x = with_rows(x)
         s = self._down(x, call, adapters, routing, factor=FACTOR_A, drop=call.drop)
         way = self._way(x, weight, bias, s, call, adapters, routing, factor=FACTOR_B)
         return self._product(way, x, weight, bias, s, call, adapters, routing, factor=FACTOR_B), s
@@ -160,8 +137,23 @@ class TritonBackend:
         if call is None:
             return dy @ weight if needs_dx else None
         assert s is not None
-        dy, x = _rows(dy), _rows(x)
+        dy, x = with_rows(dy), with_rows(x)
         ds = self._dy_products(dy, s, call, adapters, routing)
+        return self._input_gradients(dy, ds, x, weight, call, adapters, routing, needs_dx=needs_dx)
+
+    def _input_gradients(
+        self,
+        dy: torch.Tensor,
+        ds: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        call: Call,
+        adapters: LinearAdapters,
+        routing: Routing,
+        *,
+        needs_dx: bool,
+    ) -> torch.Tensor | None:
+        """dx, and dA into the gradients."""
         if not needs_dx:
             self._grad(x, ds, call, adapters, routing, grad=GRAD_A)
             return None
@@ -172,6 +164,79 @@ class TritonBackend:
         self._grad(x, ds, call, adapters, routing, grad=GRAD_A)
         self._join()
         return dx
+
+    def fuses_swiglu(self, fc1: LinearAdapters, fc2: LinearAdapters, routing: Routing) -> bool:
+        """Whether `swiglu_mlp_forward` serves these two linears and this microbatch.
+
+        Both must have adapters in it, of at most 64 columns, and 16 must divide the features.
+        """
+        calls = self._call(fc1, routing), self._call(fc2, routing)
+        return all(call is not None and call.width <= WIDEST_JOINT for call in calls) and fc2.in_features % 16 == 0
+
+    def swiglu_mlp_forward(
+        self,
+        x: torch.Tensor,
+        weights: tuple[torch.Tensor, torch.Tensor],
+        fc1: LinearAdapters,
+        fc2: LinearAdapters,
+        routing: Routing,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``out = LoRA_fc2(silu(gate) * up)`` with ``[gate | up] = y = LoRA_fc1(x)``.
+
+        Returns:
+            out ``[tokens, hidden]``, y ``[tokens, 2 * features]``, S of linear_fc1 and S of linear_fc2.
+        """
+        y, s1 = self.forward(x, weights[0], None, fc1, routing)
+        call = self._call(fc2, routing)
+        assert s1 is not None
+        assert call is not None
+        tiles = routing.tile_slots.shape[0]
+        act, s2 = swiglu_down(
+            y, call.slots.table, routing.tile_slots, routing.row_keys, self._zeros("down", tiles),
+            width=call.width, tile=TILE, module_key=call.module_key, feature_offset=fc2.feature_offset,
+            drop=call.drop, splits=4 if y.shape[1] >= 4096 else 1, align=call.slots.align, overlap=self._overlap,
+        )  # fmt: skip
+        way = self._way(act, weights[1], None, s2, call, fc2, routing, factor=FACTOR_B)
+        out = self._product(way, act, weights[1], None, s2, call, fc2, routing, factor=FACTOR_B)
+        return out, y, s1, s2
+
+    def swiglu_mlp_backward(
+        self,
+        d_out: torch.Tensor,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        scaled: tuple[torch.Tensor, torch.Tensor],
+        weights: tuple[torch.Tensor, torch.Tensor],
+        fc1: LinearAdapters,
+        fc2: LinearAdapters,
+        routing: Routing,
+        *,
+        needs_dx: bool,
+    ) -> torch.Tensor | None:
+        """dx of `swiglu_mlp_forward`; adds the gradients of both linears' adapters.
+
+        Args:
+            d_out: ``[tokens, hidden]``.
+            x, y: of the forward.
+            scaled: S of linear_fc1 and of linear_fc2.
+            weights: of both.
+        """
+        call1, call2 = self._call(fc1, routing), self._call(fc2, routing)
+        assert call1 is not None
+        assert call2 is not None
+        d_out = with_rows(d_out)
+        ds2 = self._dy_products(d_out, scaled[1], call2, fc2, routing)
+        way = self._way(d_out, weights[1], None, ds2, call2, fc2, routing, factor=FACTOR_A)
+        d_act = self._product(way, d_out, weights[1], None, ds2, call2, fc2, routing, factor=FACTOR_A)
+        chunks, split = self._chunks(routing, strips=-(-d_act.shape[1] // 128), most=1024, everything=True)
+        dy, ds1 = swiglu_grad(
+            y, d_act, scaled[0], ds2, (call1.slots.table, call2.slots.table), chunks, routing.tile_slots,
+            routing.row_keys, self._zeros("swiglu", 3 * chunks.shape[0] * -(-d_act.shape[1] // 16)),
+            row_projection=fc1.row_projection, tile=TILE, module_key=call2.module_key,
+            feature_offset=fc2.feature_offset, drop=call2.drop, split=split,
+            aligns=(call1.slots.align, call2.slots.align), overlap=self._overlap,
+        )  # fmt: skip
+        return self._input_gradients(dy, ds1, with_rows(x), weights[0], call1, fc1, routing, needs_dx=needs_dx)
 
     def _fork(self) -> None:
         """Let the stream of high priority wait for the current one; `_join` is the way back.
@@ -189,7 +254,7 @@ class TritonBackend:
             self._joined.record(self._stream)
             torch.cuda.current_stream(self.device).wait_event(self._joined)
 
-    def _call(self, adapters: LinearAdapters, routing: Routing) -> _Call | None:
+    def _call(self, adapters: LinearAdapters, routing: Routing) -> Call | None:
         active = [adapters.by_slot[segment.slot] for segment in routing.segments if segment.slot in adapters.by_slot]
         if not active:
             return None
@@ -197,14 +262,14 @@ class TritonBackend:
             raise ValueError(f"routing has tiles of {routing.tile} rows; the Triton backend needs {TILE}")
         slots = adapters.derived.get("triton")
         if slots is None or not slots.serves(adapters):
-            slots = adapters.derived["triton"] = _slots(adapters, active[0].a.device)
+            slots = adapters.derived["triton"] = make_slots(adapters, active[0].a.device)
         call = routing.derived.get(id(slots))
         if call is None or call.slots is not slots:
-            call = routing.derived[id(slots)] = _Call(
+            call = routing.derived[id(slots)] = Call(
                 slots=slots,
                 width=-(-max(adapter.columns for adapter in active) // 16) * 16,
                 drop=any(adapter.dropout > 0.0 for adapter in active),
-                module_key=_signed(adapters.module_key),
+                module_key=signed(adapters.module_key),
             )
         return call
 
@@ -220,18 +285,25 @@ class TritonBackend:
         return possible
 
     def _down(
-        self, z: torch.Tensor, call: _Call, adapters: LinearAdapters, routing: Routing, *, factor: int, drop: bool
+        self, z: torch.Tensor, call: Call, adapters: LinearAdapters, routing: Routing, *, factor: int, drop: bool
     ) -> torch.Tensor:
         tiles = routing.tile_slots.shape[0]
         blocks = -(-call.width // 64)
-        splits = max(1, min(8, 2 * self._programs // (tiles * blocks), z.shape[1] // 512))
-        splits = 1 << (splits.bit_length() - 1)  # each other number would be compiled anew
         return down(
             z, call.slots.table, routing.tile_slots, routing.row_keys, self._zeros("down", tiles * blocks),
             factor=factor, width=call.width, tile=TILE, module_key=call.module_key,
-            feature_offset=adapters.feature_offset, drop=drop, splits=splits, align=call.slots.align,
+            feature_offset=adapters.feature_offset, drop=drop, splits=self._splits(tiles * blocks, z.shape[1]),
+            align=call.slots.align,
             overlap=self._overlap,
         )  # fmt: skip
+
+    def _splits(self, tiles: int, features: int) -> int:
+        """Programs that share the features of a tile.
+
+        Each number is compiled anew: powers of two, the same for all microbatches between two powers of two of rows.
+        """
+        splits = max(1, min(8, 2 * self._programs // power_of_two(tiles), features // 512))
+        return 1 << (splits.bit_length() - 1)
 
     def _way(
         self,
@@ -239,7 +311,7 @@ class TritonBackend:
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         q: torch.Tensor,
-        call: _Call,
+        call: Call,
         adapters: LinearAdapters,
         routing: Routing,
         *,
@@ -297,7 +369,7 @@ class TritonBackend:
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         q: torch.Tensor,
-        call: _Call,
+        call: Call,
         adapters: LinearAdapters,
         routing: Routing,
         *,
@@ -327,7 +399,7 @@ class TritonBackend:
             config = ProductConfig(group=way.group)
             return product(
                 z, weight, bias, q, *operands, config=config, programs=self._programs,
-                pure=_pure(routing, config.block_m), stream=stream, out=out, **shared,
+                pure=is_pure(routing, config.block_m), stream=stream, out=out, **shared,
             )  # fmt: skip
         with torch.cuda.stream(stream):  # of None: the current one
             y = F.linear(z, weight, bias) if forward else torch.mm(z, weight, out=out)
@@ -335,7 +407,7 @@ class TritonBackend:
         return y
 
     def _dy_products(
-        self, dy: torch.Tensor, s: torch.Tensor, call: _Call, adapters: LinearAdapters, routing: Routing
+        self, dy: torch.Tensor, s: torch.Tensor, call: Call, adapters: LinearAdapters, routing: Routing
     ) -> torch.Tensor:
         """dS, and dB into the gradients."""
         strip = 512 if dy.shape[1] >= 16384 and call.width <= 16 else 256
@@ -354,7 +426,7 @@ class TritonBackend:
         )  # fmt: skip
 
     def _grad(
-        self, z: torch.Tensor, q: torch.Tensor, call: _Call, adapters: LinearAdapters, routing: Routing, *, grad: int
+        self, z: torch.Tensor, q: torch.Tensor, call: Call, adapters: LinearAdapters, routing: Routing, *, grad: int
     ) -> None:
         of_a = grad == GRAD_A
         chunks, split = self._chunks(routing, strips=-(-z.shape[1] // 128), most=1024)
@@ -366,7 +438,9 @@ class TritonBackend:
             overlap=self._overlap,
         )  # fmt: skip
 
-    def _chunks(self, routing: Routing, *, strips: int, most: int) -> tuple[torch.Tensor, bool]:
+    def _chunks(
+        self, routing: Routing, *, strips: int, most: int, everything: bool = False
+    ) -> tuple[torch.Tensor, bool]:
         """Chunk table that gives about a program a multiprocessor, and whether a segment was cut.
 
         Note: measured on an H100: long chunks win as soon as three quarters of the multiprocessors have one, since
@@ -374,9 +448,11 @@ class TritonBackend:
         """
         wanted = max(1, 3 * self._programs // (4 * strips))
         rows = min(most, max(4 * TILE, -(-routing.num_tokens // (wanted * TILE)) * TILE))
-        key = ("chunks", rows)
+        key = ("chunks", rows, everything)
         if key not in routing.derived:
             segments = [(segment.slot, segment.start, segment.stop) for segment in routing.segments]
+            if everything:
+                segments = with_gaps(segments, routing.num_tokens)
             table = tables.chunk_table(segments, rows_per_chunk=rows)
             device = routing.row_keys.device
             if device.type == "cuda":  # from pageable memory the host would wait for the copy
@@ -390,39 +466,3 @@ class TritonBackend:
         if key not in self._counters or self._counters[key].numel() < size:
             self._counters[key] = torch.zeros(max(4096, 2 * size), dtype=torch.int32, device=self.device)
         return self._counters[key]
-
-
-def _slots(adapters: LinearAdapters, device: torch.device) -> _Slots:
-    rows = {
-        slot: tables.SlotRow(
-            a=adapter.a,
-            b=adapter.b,
-            grad_a=adapter.grad_a,
-            grad_b=adapter.grad_b,
-            columns=adapter.columns,
-            threshold=dropout.threshold(adapter.dropout),
-            scale=adapter.scaling * dropout.keep_scale(adapter.dropout),
-            rank=adapter.rank,
-            projections=adapter.projections,
-        )
-        for slot, adapter in adapters.by_slot.items()
-    }
-    align = tables.table_alignment(rows)
-    entries = tuple(adapters.by_slot.items())
-    return _Slots(entries=entries, table=tables.slot_table(rows, device), align=align)
-
-
-def _rows(z: torch.Tensor) -> torch.Tensor:
-    """z with contiguous rows; copies only where they are not."""
-    return z if z.stride(1) == 1 and z.stride(0) >= z.shape[1] else z.contiguous()
-
-
-def _pure(routing: Routing, rows: int) -> bool:
-    """Whether no block of ``rows`` rows holds two adapters."""
-    return all(segment.start % rows == 0 for segment in routing.segments) and all(
-        segment.stop % rows == 0 or segment.stop == routing.num_tokens for segment in routing.segments
-    )
-
-
-def _signed(key: int) -> int:
-    return key - (1 << 32) if key >= 1 << 31 else key

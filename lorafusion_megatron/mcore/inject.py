@@ -18,12 +18,14 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
 from ..lora.adapters import LinearAdapters
 from ..lora.autograd import Backend, lora_linear
 from ..lora.bank import LinearLayout, TargetLinear
 from ..lora.routing import current_routing, routing_scope
+from ..lora.swiglu_mlp import swiglu_mlp
 
 
 class RoutedBlock:
@@ -77,15 +79,17 @@ class LoraColumnParallelLinear(_LoraLinear):
     """
 
     def forward(self, input_: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        added, returned = self._bias()
+        return self._fused(self.gathered(input_), added), returned
+
+    def gathered(self, input_: torch.Tensor) -> torch.Tensor:
+        """What this rank's rows of the weight are multiplied with."""
         group = self.tp_group  # type: ignore[attr-defined]
         if getattr(self, "layer_norm_weight", None) is not None:
             input_ = _norm(self, input_)
         if self.sequence_parallel:  # type: ignore[attr-defined]
-            x = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=group)
-        else:
-            x = copy_to_tensor_model_parallel_region(input_, group=group)
-        added, returned = self._bias()
-        return self._fused(x, added), returned
+            return gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=group)
+        return copy_to_tensor_model_parallel_region(input_, group=group)
 
 
 class LoraRowParallelLinear(_LoraLinear):
@@ -95,14 +99,40 @@ class LoraRowParallelLinear(_LoraLinear):
     """
 
     def forward(self, input_: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        group = self.tp_group  # type: ignore[attr-defined]
-        y = self._fused(input_, None)
-        if self.sequence_parallel:  # type: ignore[attr-defined]
-            y = reduce_scatter_to_sequence_parallel_region(y, group=group)
-        else:
-            y = reduce_from_tensor_model_parallel_region(y, group=group)
+        y = self.reduced(self._fused(input_, None))
         added, returned = self._bias()
         return (y if added is None else y + added), returned
+
+    def reduced(self, partial: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks of what each has."""
+        group = self.tp_group  # type: ignore[attr-defined]
+        if self.sequence_parallel:  # type: ignore[attr-defined]
+            return reduce_scatter_to_sequence_parallel_region(partial, group=group)
+        return reduce_from_tensor_model_parallel_region(partial, group=group)
+
+
+class LoraSwigluMlp:
+    """SwiGLU MLP whose activation and adapters are computed together, where backend and microbatch allow it.
+
+    Otherwise, also where only one of the linears has adapters, the base class runs: linear, activation, linear.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        fc1, fc2, routing = self.linear_fc1, self.linear_fc2, current_routing()  # type: ignore[attr-defined]
+        if (
+            routing is None
+            or any(argument is not None for argument in (*args, *kwargs.values()))
+            or not isinstance(fc1, LoraColumnParallelLinear)
+            or not isinstance(fc2, LoraRowParallelLinear)
+            or not hasattr(fc1.lora_backend, "fuses_swiglu")
+            or not fc1.lora_backend.fuses_swiglu(fc1.lora_adapters, fc2.lora_adapters, routing)
+        ):
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        partial = swiglu_mlp(
+            fc1.gathered(hidden_states), fc1.weight, fc2.weight, fc1.lora_adapters, fc2.lora_adapters, routing,
+            backend=fc1.lora_backend, anchor=fc1.lora_anchor,
+        )  # fmt: skip
+        return fc2.reduced(partial), None
 
 
 def inject(
@@ -151,6 +181,8 @@ def inject(
                 module.lora_backend = backend
                 module.lora_anchor = torch.empty(0, device=module.weight.device, requires_grad=True)
                 targets.append(target)
+            for module in [m for m in block.modules() if isinstance(m, MLP) and _is_plain_swiglu(m)]:
+                _become(module, LoraSwigluMlp)
     return sorted(targets, key=lambda t: (t.layer, t.adapters.name))
 
 
@@ -158,6 +190,19 @@ def taken_over(chunks: Iterable[torch.nn.Module]) -> list[tuple[torch.nn.Module,
     """Every taken-over linear with the class it had before and the one it has now."""
     linears = [module for chunk in chunks for module in chunk.modules() if isinstance(module, _LoraLinear)]
     return [(module, type(module).__bases__[1], type(module)) for module in linears]
+
+
+def _is_plain_swiglu(mlp: MLP) -> bool:
+    """Whether an MLP is ``fc2(silu(gate) * up)`` and nothing else, on linears that were taken over."""
+    config, linears = mlp.config, (mlp.linear_fc1, mlp.linear_fc2)
+    return (
+        config.gated_linear_unit
+        and config.activation_func is torch.nn.functional.silu
+        and config.activation_func_clamp_value is None
+        and config.glu_linear_offset == 0.0
+        and not config.use_te_activation_func
+        and all(isinstance(linear, _LoraLinear) and linear._bias() == (None, None) for linear in linears)
+    )
 
 
 def _linear_types() -> tuple[tuple[type, ...], tuple[type, ...]]:

@@ -21,6 +21,7 @@ from lorafusion_megatron.kernels.dy_pass import dy_pass
 from lorafusion_megatron.kernels.factor_grad import factor_grad
 from lorafusion_megatron.kernels.product import ProductConfig, product
 from lorafusion_megatron.kernels.product_hopper import hopper_product
+from lorafusion_megatron.kernels.swiglu import swiglu_down, swiglu_grad
 
 SHAPES = {"o": (4096, 4096), "qkv": (4096, 6144), "fc1": (4096, 28672), "fc2": (14336, 4096)}
 TILE = 64
@@ -139,6 +140,40 @@ def sweep_dy(shape: Shape) -> Iterable[tuple[str, Callable[[], object]]]:
         )  # fmt: skip
 
 
+def sweep_swiglu_down(fc1: Shape, fc2: Shape) -> Iterable[tuple[str, Callable[[], object]]]:
+    """The activation with the pass over it."""
+    for bk, stages, warps, splits in itertools.product((64, 128, 256), (2, 3, 4), (4, 8), (1, 2, 4)):
+        if bk * stages * TILE * 4 > 200_000:
+            continue
+        yield (
+            f"bk{bk} stages{stages} warps{warps} splits{splits}",
+            lambda bk=bk, stages=stages, warps=warps, splits=splits: swiglu_down(
+                fc1.dy, fc2.table, fc2.tile_slots, fc2.keys, fc2.counters, width=fc2.rank, tile=TILE, module_key=99,
+                feature_offset=0, drop=True, splits=splits, align=fc2.align, overlap=True, block_k=bk,
+                num_stages=stages, num_warps=warps,
+            ),
+        )  # fmt: skip
+
+
+def sweep_swiglu_grad(fc1: Shape, fc2: Shape) -> Iterable[tuple[str, Callable[[], object]]]:
+    """The activation's gradient with dS and dB of linear_fc1 and dA of linear_fc2."""
+    settings = [
+        (128, 64, 2, 8), (128, 32, 2, 8), (128, 32, 3, 8), (128, 32, 3, 4), (128, 32, 2, 4), (64, 64, 2, 4),
+        (64, 64, 3, 4), (64, 64, 3, 8), (64, 32, 3, 4), (64, 128, 2, 8), (256, 32, 2, 8),
+    ]  # fmt: skip
+    for (bn, bt, stages, warps), rows in itertools.product(settings, (512, 1024, 2048)):
+        chunks, split = fc1.chunks(rows)
+        yield (
+            f"bn{bn} bt{bt} stages{stages} warps{warps} rows{rows}",
+            lambda bn=bn, bt=bt, stages=stages, warps=warps, chunks=chunks, split=split: swiglu_grad(
+                fc1.dy, fc2.x, fc1.s, fc2.ds, (fc1.table, fc2.table), chunks, fc1.tile_slots, fc1.keys, fc1.counters,
+                row_projection=None, tile=TILE, module_key=99, feature_offset=0, drop=True, split=split,
+                aligns=(fc1.align, fc2.align), overlap=True, block_n=bn, block_t=bt, num_stages=stages,
+                num_warps=warps,
+            ),
+        )  # fmt: skip
+
+
 def sweep_product(shape: Shape, forward: bool) -> Iterable[tuple[str, Callable[[], object]]]:
     """The frozen product with the adapter's part."""
     processors = torch.cuda.get_device_properties(0).multi_processor_count
@@ -180,7 +215,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--adapters", type=int, default=1)
     parser.add_argument("--shapes", default=",".join(SHAPES))
-    parser.add_argument("--kernels", default="down,grad,dy,forward,dx")
+    parser.add_argument("--kernels", default="down,grad,dy,forward,dx,swiglu,swiglu grad")
     parser.add_argument("--compile-only", action="store_true", help="fill Triton's cache, time nothing")
     parser.add_argument("--json")
     args = parser.parse_args()
@@ -197,10 +232,17 @@ def main() -> None:
             "forward": sweep_product(shape, True),
             "dx": sweep_product(shape, False),
         }
+        if name == "fc1":
+            other = Shape(SHAPES["fc2"], args.tokens, args.rank, args.adapters)
+            kinds |= {
+                "swiglu": sweep_swiglu_down(shape, other),
+                "swiglu grad": sweep_swiglu_grad(shape, other),
+            }
         wanted = ["cublas", *args.kernels.split(",")]
         rows[name] = {kind: best(runs, flush, args.compile_only) for kind, runs in kinds.items() if kind in wanted}
         for kind, times in rows[name].items():
-            floor = {"down": shape.k, "grad": shape.k, "dy": shape.n}.get(kind, 0) * args.tokens * 2 / 3e6
+            moved = {"swiglu": 1.5 * shape.n, "swiglu grad": 2.5 * shape.n}
+            floor = ({"down": shape.k, "grad": shape.k, "dy": shape.n} | moved).get(kind, 0) * args.tokens * 2 / 3e6
             print(f"{name:4} {kind:8} bytes {floor:4.0f} us", *(f"| {us} {what}" for us, what in times[:4]), flush=True)
         failed = [what for times in rows[name].values() for us, what in times if us == float("inf")]
         print(name, "failed:", len(failed), failed[:2], flush=True)

@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 sys.path.append(str(Path(__file__).parents[1] / "unit" / "kernels"))
 
 from kernel_cases import as_dtype, masks_drawn, random_case, random_keys, run, worst_ratio
+from mlp_cases import random_mlp, worst_mlp_ratio
 
 from lorafusion_megatron.kernels import dropout
 from lorafusion_megatron.lora.triton_backend import TritonBackend
@@ -143,3 +144,23 @@ def test_one_backend_serves_any_alignment_and_any_adapters_in_turn():
             shifted = torch.empty(case.x.numel() + offset, dtype=dtype, device="cuda")[offset:].view_as(case.x)
             case = replace(case, x=shifted.copy_(case.x))
         assert worst_ratio(backend, case) <= 1.5, (tokens, size, rank, offset, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seed", range(6))
+def test_swiglu_mlp_has_the_error_of_eager(seed, dtype):
+    rng = random.Random(seed)
+    case = random_mlp(
+        seed,
+        tokens=rng.choice([700, 1031, 2600]),
+        hidden=rng.choice([256, 384]),
+        features=rng.choice([16 * 33, 768]),
+        slots=rng.choice([3, 6]),
+        dtype=dtype,
+        device="cuda",
+        ranks=rng.choice([[16], [3, 5], [8, 32]]),
+    )
+    backend = TritonBackend()
+    if not backend.fuses_swiglu(case.fc1.adapters, case.fc2.adapters, case.fc1.routing):
+        pytest.skip("no rows of an adapter on both linears")
+    assert worst_mlp_ratio(backend, case) <= 1.5
