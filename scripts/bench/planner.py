@@ -1,7 +1,8 @@
 """Prints what the planner must hold: bubbles, microbatches and planning time on the paper's workloads.
 
-    python scripts/bench/planner.py            # all workloads, a few minutes
-    python scripts/bench/planner.py --quick    # batch 16 alone
+    python scripts/bench/planner.py                        # all workloads, half an hour
+    python scripts/bench/planner.py --quick                # batch 16 alone
+    python scripts/bench/planner.py --only xsum cnn        # these workloads alone
 
 A line says `ok`, or what limits it: `samples` where a microbatch holds so few that some room is left,
 `dependencies` where a stream of full microbatches has fewer positions than the distance between a job's steps needs.
@@ -54,13 +55,13 @@ def verdict(report: PlanReport) -> str:
     return "; ".join(faults) or "ok"
 
 
-def workloads(batches: list[int], rows: list[dict]) -> None:
-    """A line for each workload, batch, capacity, number of stages, and split."""
+def workloads(names: list[str], batches: list[int], rows: list[dict], out: Path | None) -> None:
+    """A line for each workload, batch, capacity, number of stages, and split; ``out`` is written after each."""
     print(
         f"{'workload':9}{'batch':>6}{'capacity':>9}{'stages':>7}{'split':>7}{'bubbles':>9}{'of split':>9}"
         f"{'of lemma':>9}{'microb.':>8}{'tokens':>7}{'lengths':>8}{'lemma':>6}{'noops':>6}{'plan s':>7}"
     )
-    for name, batch, capacity, stages in product(WORKLOADS, batches, (4096, 6144, 8192), (2, 4, 8)):
+    for name, batch, capacity, stages in product(names, batches, (4096, 6144, 8192), (2, 4, 8)):
         jobs = make_jobs(WORKLOADS[name], SAMPLES // batch, batch)
         for split in (False, True) if stages == 4 and capacity == 8192 else (False,):
             report, wall, _ = plan(jobs, options_for(stages, capacity, split=split))
@@ -76,6 +77,8 @@ def workloads(batches: list[int], rows: list[dict]) -> None:
                 | {"planning_seconds": wall, "verdict": verdict(report)}
                 | asdict(report)
             )
+            if out:
+                out.write_text(json.dumps(rows, indent=1))
 
 
 def baselines() -> None:
@@ -106,17 +109,19 @@ def planning_time() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="batch 16 alone")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(WORKLOADS), help="these workloads, without the planning times"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     args = parser.parse_args()
     rows: list[dict] = []
-    planning_time()
-    baselines()
-    workloads([16] if args.quick else [8, 16, 32], rows)
+    if not args.only:
+        planning_time()
+        baselines()
+    workloads(args.only or list(WORKLOADS), [16] if args.quick else [8, 16, 32], rows, args.json)
     held = sum(row["verdict"] == "ok" for row in rows)
     bubbles = sum("bubbles" not in row["verdict"] for row in rows)
     print(f"{bubbles} of {len(rows)} hold the bubble share, {held} also the number of microbatches")
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":
