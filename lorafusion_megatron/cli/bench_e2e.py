@@ -165,6 +165,7 @@ def _memory(args: argparse.Namespace, setting: Any, results: dict[str, Any]) -> 
         stages=args.pipeline,
         token_capacity=args.capacity,
         dtype_bytes=setting.dtype.itemsize,
+        fused_mlp=hasattr(setting.backend, "fuses_swiglu"),
     )
     measured = [o.peak_bytes for found in results.values() for o in found if o.variant.name == "both" and o.peak_bytes]
     peaks = {stage: max(peak[stage] for peak in measured) for stage in range(args.pipeline)} if measured else None

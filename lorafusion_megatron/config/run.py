@@ -110,6 +110,10 @@ class RuntimeConfig:
     """Seed that the jobs' seeds derive from."""
     cost_model: Path | None = None
     """Measured rates that `plan --calibrate` wrote, to balance by; null: an estimate for an H100."""
+    plan_effort: Literal["normal", "high"] = "normal"
+    """high: a window that would idle above 3 % is planned 20 to 50 times as long, 10 to 60 s on one processor, for up
+    to 3 points less; it pays where windows train for minutes. The first window, and one that follows a job's coming or
+    going, waits for its plan."""
     max_window_microbatches: int = 512
     """Microbatches planned at once; jobs come and go at the borders of such windows."""
     distributed_timeout_minutes: float = 10.0

@@ -41,6 +41,8 @@ class PlanOptions:
     """Data-parallel replicas."""
     schedule: str = "staggered"
     """staggered | round_robin | sequential"""
+    effort: str = "normal"
+    """normal | high: whether a stream that idles above 3 % is annealed long."""
     cost: CostModel | None = None
     """Predicted rates; a reference model's on an H100 by default (only the ratios matter for the plan)."""
     loads: tuple[StageLoad, ...] | None = None

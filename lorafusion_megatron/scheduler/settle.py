@@ -31,7 +31,8 @@ MOST_ROUNDS = 4000
 SAMPLE_ROUNDS = 10_000_000
 """Samples times rounds: the time of a large window grows with its samples alone."""
 HOLDS = 0.03
-"""Idle share, simulated and, filling and draining left out, predicted, above which the stream is annealed long."""
+"""Idle share, simulated and, filling and draining left out, predicted, above which the stream is annealed long, where
+that was asked for."""
 FEWER = 1.5
 """Their number as a multiple of the fewest."""
 OTHERS = ((0.9, 0.5), (0.85, 0.95), (0.8, 0.95))
@@ -66,7 +67,7 @@ def settle_rows(
     weights: Weights,
     repack: Repack,
 ) -> list[Row]:
-    """Level a stream, and anneal it where that leaves much idle: shortly, and long where it misses 3 % then.
+    """Level a stream, and anneal it where that leaves much idle: shortly, and with high effort long if it misses 3 %.
 
     Args:
         rows: a valid stream.
@@ -87,7 +88,8 @@ def settle_rows(
             break
     if lost_share(rows, options, weights) > ANNEAL_FROM and can_anneal(batches, options):
         rows = _anneal_shortly(rows, options, weights, repack)
-        if min(_idle_share(rows, options, weights), lost_share(rows, options, weights)) > HOLDS:
+        misses = min(_idle_share(rows, options, weights), lost_share(rows, options, weights)) > HOLDS
+        if options.effort == "high" and misses:
             rows = _anneal_long(rows, options, weights, repack)
     return rows
 

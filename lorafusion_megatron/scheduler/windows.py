@@ -99,9 +99,11 @@ class WindowPlanner:
         started = time.perf_counter()
         prepared, self._prepared = self._prepared, None
         answer: _Window | tuple[str, str, str, str] | None = None
-        if prepared is not None:
+        if prepared == (batches, options):
             answer = self._receive()
-        if answer is None or prepared != (batches, options):
+        elif prepared is not None:
+            self._give_up()
+        if answer is None:
             window = _plan(batches, options)
         elif isinstance(answer, _Window):
             window = answer
@@ -128,6 +130,14 @@ class WindowPlanner:
         self._process.start()
         theirs.close()
 
+    def _give_up(self) -> None:
+        """End the process in the middle of a plan that nobody wants any more; the next `prepare` starts another."""
+        if self._process is not None and self._connection is not None:
+            self._connection.close()
+            self._process.kill()
+            self._process.join()
+        self._process = self._connection = None
+
     def _receive(self) -> "_Window | tuple[str, str, str, str] | None":
         """The process's answer; None where it has died."""
         assert self._connection is not None
@@ -138,10 +148,10 @@ class WindowPlanner:
         return answer
 
     def _drop(self) -> None:
-        """Wait for and forget what was prepared, so that answers stay in step with questions."""
+        """Forget what was prepared and not taken."""
         if self._prepared is not None:
             self._prepared = None
-            self._receive()
+            self._give_up()
 
 
 def _serve(connection: Connection) -> None:

@@ -28,6 +28,9 @@ class MemoryOptions:
     dtype_bytes: int = 2
     recompute: str | None = None
     """None | selective | full"""
+    fused_mlp: bool = False
+    """Whether the MLP's activation is computed again in backward (the Triton backend, where adapters sit on both of its
+    linears)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +92,7 @@ def predict_memory(spec: ModelSpec, adapters: Sequence[AdapterSpec], options: Me
 def predict_run_memory(run: RunConfig, spec: ModelSpec, layers_per_chunk: Sequence[int]) -> list[StageMemory]:
     """`predict_memory` for a run file with all its jobs mounted."""
     model = run.model
+    adapters = [run.adapter_spec(index) for index in range(len(run.jobs))]
     options = MemoryOptions(
         layers_per_chunk=layers_per_chunk,
         stages=model.pipeline_model_parallel_size,
@@ -97,8 +101,20 @@ def predict_run_memory(run: RunConfig, spec: ModelSpec, layers_per_chunk: Sequen
         token_capacity=run.runtime.token_capacity,
         dtype_bytes=4 if run.base_model.dtype == "float32" else 2,
         recompute=model.recompute_granularity,
+        fused_mlp=run.runtime.lora_backend != "torch"
+        and run.runtime.device != "cpu"
+        and all(_on_both_linears(spec, adapter) for adapter in adapters),
     )
-    return predict_memory(spec, [run.adapter_spec(index) for index in range(len(run.jobs))], options)
+    return predict_memory(spec, adapters, options)
+
+
+def _on_both_linears(spec: ModelSpec, adapter: AdapterSpec) -> bool:
+    """Whether an adapter sits on linear_fc1 and on linear_fc2."""
+    linears = target_linears(spec)
+    return all(
+        name in adapter.target_modules or any(p.name in adapter.target_modules for p in linears[name].projections)
+        for name in ("linear_fc1", "linear_fc2")
+    )
 
 
 def describe(memory: Sequence[StageMemory], measured: Mapping[int, int] | None = None) -> str:
@@ -164,15 +180,16 @@ def _activations(spec: ModelSpec, layers: float, options: MemoryOptions) -> int:
     """Saved for backward by the layers of one chunk for one full microbatch.
 
     Per token, in elements: both norms' inputs and outputs (4 hidden), queries, keys, values and the attention's output
-    (2 heads + 2 groups), gate, up and their product (3 ffn). Full recompute keeps each layer's input alone, selective
-    recompute all but what attention saves besides its inputs.
+    (2 heads + 2 groups), gate, up and, unless it is made again, the activation (3 or 2 ffn). Full recompute keeps each
+    layer's input alone, selective recompute all but what attention saves besides its inputs.
     """
     heads, groups, ffn, share = _widths(spec, options)
     if options.recompute == "full":
         per_token = spec.hidden_size * share
     else:
         gathered = 2 * spec.hidden_size if options.sequence_parallel else 0
-        per_token = 4 * spec.hidden_size * share + gathered + 2 * heads + 2 * groups + 3 * ffn
+        per_token = 4 * spec.hidden_size * share + gathered + 2 * heads + 2 * groups
+        per_token += (2 if options.fused_mlp else 3) * ffn
     return int(options.token_capacity * layers * per_token * options.dtype_bytes)
 
 
@@ -193,5 +210,6 @@ def _transient(spec: ModelSpec, options: MemoryOptions) -> int:
         sequence_parallel=options.sequence_parallel,
         token_capacity=options.token_capacity,
         dtype_bytes=options.dtype_bytes,
+        fused_mlp=options.fused_mlp,
     )
     return int(wide) + _activations(spec, 1, whole)

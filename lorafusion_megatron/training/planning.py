@@ -54,6 +54,7 @@ def plan_options(
         virtual_stages=run.model.virtual_pipeline_model_parallel_size or 1,
         replicas=replicas,
         schedule=run.runtime.schedule,
+        effort=run.runtime.plan_effort,
         cost=cost,
         loads=split_loads(layers),
     )

@@ -55,7 +55,7 @@ def verdict(report: PlanReport) -> str:
     return "; ".join(faults) or "ok"
 
 
-def workloads(names: list[str], batches: list[int], rows: list[dict], out: Path | None) -> None:
+def workloads(names: list[str], batches: list[int], rows: list[dict], out: Path | None, effort: str) -> None:
     """A line for each workload, batch, capacity, number of stages, and split; ``out`` is written after each."""
     print(
         f"{'workload':9}{'batch':>6}{'capacity':>9}{'stages':>7}{'split':>7}{'bubbles':>9}{'of split':>9}"
@@ -64,7 +64,7 @@ def workloads(names: list[str], batches: list[int], rows: list[dict], out: Path 
     for name, batch, capacity, stages in product(names, batches, (4096, 6144, 8192), (2, 4, 8)):
         jobs = make_jobs(WORKLOADS[name], SAMPLES // batch, batch)
         for split in (False, True) if stages == 4 and capacity == 8192 else (False,):
-            report, wall, _ = plan(jobs, options_for(stages, capacity, split=split))
+            report, wall, _ = plan(jobs, options_for(stages, capacity, split=split, effort=effort))
             print(
                 f"{name:9}{batch:6}{capacity:9}{stages:7}{'whole' if split else 'equal':>7}{report.bubble_share:9.2%}"
                 f"{report.split_bound:9.2%}{report.lemma_bound:9.2%}{report.microbatches:8}"
@@ -112,13 +112,14 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", choices=list(WORKLOADS), help="these workloads, without the planning times"
     )
+    parser.add_argument("--effort", choices=("normal", "high"), default="normal", help="of the workloads' plans")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     args = parser.parse_args()
     rows: list[dict] = []
     if not args.only:
         planning_time()
         baselines()
-    workloads(args.only or list(WORKLOADS), [16] if args.quick else [8, 16, 32], rows, args.json)
+    workloads(args.only or list(WORKLOADS), [16] if args.quick else [8, 16, 32], rows, args.json, args.effort)
     held = sum(row["verdict"] == "ok" for row in rows)
     bubbles = sum("bubbles" not in row["verdict"] for row in rows)
     print(f"{bubbles} of {len(rows)} hold the bubble share, {held} also the number of microbatches")

@@ -31,18 +31,16 @@ def _uneven_jobs(steps: int, batch: int) -> list[list[GlobalBatch]]:
 
 def test_few_samples_on_eight_stages_leave_less_idle(monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = _uneven_jobs(24, 8)
-    options = PlanOptions(token_capacity=4096, stages=8)
 
-    def share() -> float:
+    def share(effort: str) -> float:
+        options = PlanOptions(token_capacity=4096, stages=8, effort=effort)
         return report_plan(build_schedule(jobs, options), jobs, options).bubble_share
 
     monkeypatch.setattr(settle, "LONG_ROUNDS", 8000)
-    long = share()
-    monkeypatch.setattr(settle, "HOLDS", 1.0)
-    short = share()
+    long, short = share("high"), share("normal")
     monkeypatch.setattr(settle, "ANNEAL_FROM", 1.0)
     # Filling and draining alone take 2.6 %.
-    assert long < 0.19 < short < 0.21 < 0.215 < share()
+    assert long < 0.19 < short < 0.21 < 0.215 < share("high")
 
 
 def _rows() -> list:  # type: ignore[type-arg]
@@ -124,16 +122,19 @@ def test_replicas_interleaving_and_empty_steps_are_left_alone() -> None:
     assert not settle.can_anneal(batches([[[5]]] * (settle.MOST_JOBS + 1)), covered)
 
 
-def test_only_streams_that_idle_more_than_three_percent_are_annealed_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streams_that_idle_more_than_three_percent_are_annealed_long_if_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     jobs = _uneven_jobs(24, 8)
-    options = PlanOptions(token_capacity=4096, stages=4)
+    options = PlanOptions(token_capacity=4096, stages=4, effort="high")
 
     def refuse(*_: object) -> None:
         raise AssertionError("annealed long")
 
     monkeypatch.setattr(settle, "_anneal_long", refuse)
     with pytest.raises(AssertionError, match="annealed long"):
-        build_schedule(jobs, PlanOptions(token_capacity=4096, stages=8))
+        build_schedule(jobs, PlanOptions(token_capacity=4096, stages=8, effort="high"))
+    build_schedule(jobs, PlanOptions(token_capacity=4096, stages=8))
     build_schedule(jobs, options)
 
 
@@ -145,6 +146,6 @@ def test_streams_that_the_long_annealing_leaves_alone_are_as_before_it_was_made(
     batch: int, stages: int, digest: str
 ) -> None:
     # The digests were taken one version earlier; the first stream is annealed shortly.
-    schedule = build_schedule(_uneven_jobs(24, batch), PlanOptions(token_capacity=4096, stages=stages))
+    schedule = build_schedule(_uneven_jobs(24, batch), PlanOptions(token_capacity=4096, stages=stages, effort="high"))
     stream = [[(s.job, s.step, s.position) for s in microbatch.samples] for microbatch in schedule.replicas[0]]
     assert hashlib.sha256(repr(stream).encode()).hexdigest()[:16] == digest

@@ -68,3 +68,12 @@ def test_the_line_says_predicted_and_measured():
     assert text.splitlines()[0].startswith("stage 0: 0.59 GiB predicted (weights 0.00, adapters")
     assert text.splitlines()[0].endswith("3.00 GiB measured")
     assert "measured" not in text.splitlines()[1]
+
+
+def test_an_activation_that_is_made_again_is_not_kept():
+    kept = predict_memory(TINY, [], OPTIONS)[0].activations
+    made_again = predict_memory(TINY, [], replace(OPTIONS, fused_mlp=True))[0].activations
+    in_flight = OPTIONS.stages
+    layers = OPTIONS.layers_per_chunk[0]
+    width = OPTIONS.token_capacity * TINY.ffn_hidden_size * OPTIONS.dtype_bytes // OPTIONS.tensor_parallel
+    assert kept - made_again == in_flight * layers * width
