@@ -2,7 +2,8 @@
 # Every test that a GPU can run, and a report of them: scripts/test_gpu.sh [FOLDER]
 #
 # Writes FOLDER/machine.txt (cards, driver, versions), FOLDER/tests.xml and FOLDER/tests.txt (default runs/gpu_tests).
-# Tests that need two GPUs skip themselves on one.
+# Tests that need two GPUs skip themselves on one. One after the other: collectives of several runs on one GPU wait for
+# each other's time slices.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-runs/gpu_tests}

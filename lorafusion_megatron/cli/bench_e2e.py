@@ -67,9 +67,7 @@ def run(args: argparse.Namespace) -> int:
     topology = Topology(pipeline_parallel=args.pipeline)
     groups = parallel.start(topology, device=device, seed=1234, timeout_minutes=10.0)
     try:
-        results, header = _measure(args, spec, topology, groups, workloads, sizes)
-        if groups.is_first and args.out:
-            _write(Path(args.out), header, results)
+        _measure(args, spec, topology, groups, workloads, sizes)
     finally:
         parallel.stop()
     return 0
@@ -77,8 +75,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _measure(
     args: argparse.Namespace, spec: Any, topology: Any, groups: Any, workloads: list[Any], sizes: list[int]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(workload -> outcomes, what the run was)."""
+) -> None:
+    """Every workload with every variant; what is known is written after each."""
     from ..scheduler.cost import default_cost_model, split_loads
     from ..scheduler.options import PlanOptions
     from ..training.bench.measure import Bench
@@ -115,12 +113,11 @@ def _measure(
             print(f"\n{workload.name}", table(rows(outcomes, spec, args.pipeline, header["matmul_flops"])), sep="\n")
             print("  ".join(f"{name} {value:.3f}" for name, value in summary(outcomes).items()) + "\n", flush=True)
             if args.out:  # after every workload: a run that is cut off leaves what it has
-                _write_json(Path(args.out), header, results)
+                _write(Path(args.out), header, results, workload.name)
         if args.profile:
             _profile(bench, workload, outcomes, tell, args.out)
     if groups.is_first:
         print(_memory(args, setting, results), flush=True)
-    return results, header
 
 
 def _profile(bench: Any, workload: Any, outcomes: list[Any], tell: Any, out: str | None) -> None:
@@ -207,7 +204,8 @@ def _write_json(folder: Path, header: dict[str, Any], results: dict[str, Any]) -
     (folder / "e2e.json").write_text(json.dumps({"run": header, "workloads": body}, indent=1) + "\n")
 
 
-def _write(folder: Path, header: dict[str, Any], results: dict[str, Any]) -> None:
+def _write(folder: Path, header: dict[str, Any], results: dict[str, Any], workload: str) -> None:
+    """All figures so far, their bar chart, and the timeline of the workload that was measured last."""
     from ..training.bench.report import bar_chart, best_of, timeline_chart, trace
 
     _write_json(folder, header, results)
@@ -216,13 +214,12 @@ def _write(folder: Path, header: dict[str, Any], results: dict[str, Any]) -> Non
         f"{header['device']}, capacity {header['capacity']}, rank {header['rank']}"
     )
     bar_chart(folder / "e2e.png", title, results)
-    names = ("sequential", "round robin", "both")
-    for workload, outcomes in results.items():
-        shown = [outcome for name in names if (outcome := best_of(outcomes, name)) is not None and outcome.spans]
-        if shown:
-            seconds = min(max(shown[-1].seconds[-1] * 0.6, 0.5), min(o.seconds[-1] for o in shown))
-            timeline_chart(folder / f"timeline_{workload}.png", f"{workload}: {title}", shown, seconds)
-            (folder / f"trace_{workload}.json").write_text(json.dumps(trace(shown[-1])))
+    names, outcomes = ("sequential", "round robin", "both"), results[workload]
+    shown = [outcome for name in names if (outcome := best_of(outcomes, name)) is not None and outcome.spans]
+    if shown:
+        seconds = min(max(shown[-1].seconds[-1] * 0.6, 0.5), min(o.seconds[-1] for o in shown))
+        timeline_chart(folder / f"timeline_{workload}.png", f"{workload}: {title}", shown, seconds)
+        (folder / f"trace_{workload}.json").write_text(json.dumps(trace(shown[-1])))
 
 
 def _balanced(spec: Any, args: argparse.Namespace) -> tuple[int, ...]:

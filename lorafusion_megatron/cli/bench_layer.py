@@ -11,6 +11,7 @@ from ..kernels import dropout
 from ..lora.adapters import LinearAdapter, LinearAdapters
 from ..lora.autograd import lora_linear
 from ..lora.routing import RoutedSegment, Routing, build_routing
+from ..lora.swiglu_mlp import swiglu_mlp
 from ..lora.triton_backend import TritonBackend
 from .bench_common import (
     Candidate,
@@ -35,6 +36,7 @@ LINEARS = {
 """Name -> (in, out of each projection)."""
 
 Linear = Callable[[str, torch.Tensor], torch.Tensor]
+Mlp = Callable[[torch.Tensor], torch.Tensor]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,8 +111,8 @@ class Block:
             for name, (k, outs) in LINEARS.items()
         }
 
-    def forward(self, linear: Linear) -> torch.Tensor:
-        """The block with its linears computed by ``linear(name, x)``."""
+    def forward(self, linear: Linear, mlp: Mlp | None = None) -> torch.Tensor:
+        """The block with its linears computed by ``linear(name, x)``, or its MLP as one by ``mlp(x)``."""
         x = self.x
         qkv = linear("qkv", F.rms_norm(x, (HIDDEN,), self.norms[0]))
         q, k, v = qkv.view(self.tokens, HEADS + 2 * GROUPS, HEAD_DIM).split((HEADS, GROUPS, GROUPS), dim=1)
@@ -119,7 +121,10 @@ class Block:
         q, k, v = (t.reshape(self.sequences, -1, t.shape[1], HEAD_DIM).transpose(1, 2) for t in (q, k, v))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         x = x + linear("o", mixed.transpose(1, 2).reshape(self.tokens, HEADS * HEAD_DIM))
-        gate, up = linear("gate_up", F.rms_norm(x, (HIDDEN,), self.norms[1])).chunk(2, dim=-1)
+        normed = F.rms_norm(x, (HIDDEN,), self.norms[1])
+        if mlp is not None:
+            return x + mlp(normed)
+        gate, up = linear("gate_up", normed).chunk(2, dim=-1)
         return x + linear("down", F.silu(gate) * up)
 
     def frozen(self, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -179,9 +184,16 @@ class Block:
         def ours(name: str, x: torch.Tensor) -> torch.Tensor:
             return lora_linear(x, self.weights[name], adapters[name], routing, backend=backend, anchor=anchor)
 
+        fc1, fc2 = adapters["gate_up"], adapters["down"]
+        weight1, weight2 = self.weights["gate_up"], self.weights["down"]
+
+        def mlp(x: torch.Tensor) -> torch.Tensor:
+            return swiglu_mlp(x, weight1, weight2, fc1, fc2, routing, backend=backend, anchor=anchor)
+
+        whole = mlp if backend.fuses_swiglu(fc1, fc2, routing) else None
         factors = [t for jobs in self.factors.values() for job in jobs for pair in job for t in pair]
         return [
             Candidate(name="frozen", forward=lambda: self.forward(self.frozen), inputs=[self.x]),
-            Candidate(name="ours", forward=lambda: self.forward(ours), inputs=[self.x]),
+            Candidate(name="ours", forward=lambda: self.forward(ours, whole), inputs=[self.x]),
             Candidate(name="eager", forward=lambda: self.forward(self.eager), inputs=[self.x, *factors]),
         ]

@@ -134,7 +134,8 @@ class Bench:
             for outcome in outcomes:
                 if not outcome.failure:
                     self._guarded(outcome, workload, None, keep_spans=repeat == repeats - 1)
-                    tell(f"{workload.name}, {outcome.variant.name}: {outcome.rate:,.0f} tokens/s")
+                    latest = outcome.tokens / outcome.seconds[-1] if outcome.seconds else 0.0
+                    tell(f"{workload.name}, {outcome.variant.name}: {latest:,.0f} tokens/s")
         return outcomes
 
     def profile(self, outcome: Outcome, workload: Workload) -> list[KernelTimes]:

@@ -103,7 +103,8 @@ def trace(outcome: Outcome) -> dict[str, Any]:
 def bar_chart(path: Path, title: str, results: Mapping[str, Sequence[Outcome]]) -> None:
     """Tokens per second, a group of bars a workload; of each baseline its best size."""
     pyplot = _pyplot()
-    names = ["sequential", "round robin", "kernels only", "schedule only", "both", "no adapters"]
+    order = ("sequential", "round robin", "kernels only", "schedule only", "both", "no adapters")
+    names = [name for name in order if any(best_of(outcomes, name) for outcomes in results.values())]
     figure, axes = pyplot.subplots(figsize=(max(7.0, 2.2 * len(results)), 4.2), layout="constrained")
     width = 0.8 / len(names)
     for place, name in enumerate(names):
