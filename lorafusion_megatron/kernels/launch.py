@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
 
@@ -54,11 +55,31 @@ class Launcher:
         found = self._compiled.get(key)
         if found is None:
             with torch.cuda.stream(stream):  # of None: the current one
-                kernel = self._kernel[grid](*arguments, **constants, **options)
-            self._compiled[key] = kernel, tuple(constants.values())
+                self._compiled[key] = self._compile_and_launch(grid, arguments, constants, options)
             return
         kernel, tail = found
         kernel[grid](*values, *tail, stream=None if stream is None else stream.cuda_stream)  # type: ignore[index]
+
+    def _compile_and_launch(
+        self, grid: tuple[int, int, int], arguments: tuple[Any, ...], constants: dict[str, Any], options: dict[str, Any]
+    ) -> tuple[Any, tuple[Any, ...]]:
+        """(compiled kernel, its constants); with fewer stages than asked for where the device lacks shared memory.
+
+        Raises:
+            OutOfResources: even one stage is too much.
+        """
+        while True:
+            try:
+                kernel = self._kernel[grid](*arguments, **constants, **options)
+            except OutOfResources:
+                stages = options.get("num_stages", 1) - 1
+                if stages < 1:
+                    raise
+                options = options | {"num_stages": stages}
+                if "STAGES" in constants:
+                    constants = constants | {"STAGES": stages}
+            else:
+                return kernel, tuple(constants.values())
 
 
 def _sorted_out(arguments: tuple[Any, ...], free: frozenset[int]) -> tuple[list[Any], list[Any]]:

@@ -294,7 +294,7 @@ def swiglu_grad(
         ),
         DROP=drop, PROJECTED=row_projection is not None, BT=bt, BN=bn, RB1=rb1, RB2=rb2,
         ALIGN1=aligns[0], ALIGN2=aligns[1], OVERLAP=overlap, STAGES=num_stages, PRECISION="ieee",
-        options=launch_options(overlap, num_warps=num_warps),
+        options=launch_options(overlap, num_warps=num_warps, num_stages=num_stages),
     )  # fmt: skip
     return dy, sum_strips(parts, s, tables[0], tile_slots, tile=tile, align=aligns[0], overlap=overlap)
 

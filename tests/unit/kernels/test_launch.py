@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
 from lorafusion_megatron.kernels.launch import Launcher, cdiv, power_of_two
@@ -80,6 +81,34 @@ def test_a_number_that_is_not_specialised_may_change(watched):
     for count in (1, 16, 17, -5):
         launch((1, 1, 1), (x, 32, count, None), SIZE=16)
     assert len(watched.seen) == 1
+
+
+def test_a_device_with_little_shared_memory_gets_fewer_stages(watched):
+    def refuse_three(grid):
+        def run(*arguments, **constants):
+            if constants["num_stages"] > 2:
+                raise OutOfResources(120_000, 100_000, "shared memory")
+            return Watched.__getitem__(watched, grid)(*arguments, **constants)
+
+        return run
+
+    launch = Launcher(watched)
+    launch._kernel = type("Small", (), {"__getitem__": lambda self, grid: refuse_three(grid)})()
+    x = torch.zeros(64)
+    for _ in range(2):
+        launch((1, 1, 1), (x, 32, 7, None), options={"num_stages": 4}, STAGES=4)
+    assert [constants for _, _, constants in watched.seen] == [{"STAGES": 2, "num_stages": 2}]
+    assert watched.compiled[0].launches[0][1][-1] == 2
+
+
+def test_a_kernel_that_fits_with_no_number_of_stages_says_so(watched):
+    def refuse(*arguments, **constants):
+        raise OutOfResources(120_000, 100_000, "shared memory")
+
+    launch = Launcher(watched)
+    launch._kernel = type("None", (), {"__getitem__": lambda self, grid: refuse})()
+    with pytest.raises(OutOfResources):
+        launch((1, 1, 1), (torch.zeros(64), 32, 7, None), options={"num_stages": 4}, SIZE=16)
 
 
 def test_parameters_are_tensors(watched):
