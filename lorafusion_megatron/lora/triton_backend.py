@@ -193,7 +193,7 @@ class TritonBackend:
         tiles = routing.tile_slots.shape[0]
         act, s2 = swiglu_down(
             y, call.slots.table, routing.tile_slots, routing.row_keys, self._zeros("down", tiles),
-            width=call.width, tile=TILE, module_key=call.module_key, feature_offset=fc2.feature_offset,
+            width=call.width, tile=TILE, module_key=signed(fc2.module_key), feature_offset=fc2.feature_offset,
             drop=call.drop, splits=4 if y.shape[1] >= 4096 else 1, align=call.slots.align, overlap=self._overlap,
         )  # fmt: skip
         way = self._way(act, weights[1], None, s2, call, fc2, routing, factor=FACTOR_B)
@@ -232,7 +232,7 @@ class TritonBackend:
         dy, ds1 = swiglu_grad(
             y, d_act, scaled[0], ds2, (call1.slots.table, call2.slots.table), chunks, routing.tile_slots,
             routing.row_keys, self._zeros("swiglu", 3 * chunks.shape[0] * -(-d_act.shape[1] // 16)),
-            row_projection=fc1.row_projection, tile=TILE, module_key=call2.module_key,
+            row_projection=fc1.row_projection, tile=TILE, module_key=signed(fc2.module_key),
             feature_offset=fc2.feature_offset, drop=call2.drop, split=split,
             aligns=(call1.slots.align, call2.slots.align), overlap=self._overlap,
         )  # fmt: skip
@@ -269,7 +269,6 @@ class TritonBackend:
                 slots=slots,
                 width=-(-max(adapter.columns for adapter in active) // 16) * 16,
                 drop=any(adapter.dropout > 0.0 for adapter in active),
-                module_key=signed(adapters.module_key),
             )
         return call
 
@@ -291,7 +290,7 @@ class TritonBackend:
         blocks = -(-call.width // 64)
         return down(
             z, call.slots.table, routing.tile_slots, routing.row_keys, self._zeros("down", tiles * blocks),
-            factor=factor, width=call.width, tile=TILE, module_key=call.module_key,
+            factor=factor, width=call.width, tile=TILE, module_key=signed(adapters.module_key),
             feature_offset=adapters.feature_offset, drop=drop, splits=self._splits(tiles * blocks, z.shape[1]),
             align=call.slots.align,
             overlap=self._overlap,
@@ -383,7 +382,7 @@ class TritonBackend:
         shared = {
             "factor": factor,
             "tile": TILE,
-            "module_key": call.module_key,
+            "module_key": signed(adapters.module_key),
             "feature_offset": adapters.feature_offset,
             "drop": call.drop and not forward,
             "align": call.slots.align,
@@ -433,7 +432,7 @@ class TritonBackend:
         counters = chunks.shape[0] * -(-z.shape[1] // 64) * -(-call.width // 64)
         factor_grad(
             z, q, call.slots.table, chunks, routing.row_keys, self._zeros("grad", counters),
-            grad=grad, row_projection=None if of_a else adapters.row_projection, module_key=call.module_key,
+            grad=grad, row_projection=None if of_a else adapters.row_projection, module_key=signed(adapters.module_key),
             feature_offset=adapters.feature_offset, drop=call.drop and of_a, split=split, align=call.slots.align,
             overlap=self._overlap,
         )  # fmt: skip

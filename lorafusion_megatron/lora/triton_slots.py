@@ -1,5 +1,6 @@
 """What the Triton backend knows of a linear's adapters and of a microbatch before it launches anything."""
 
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -13,25 +14,30 @@ from .routing import Routing
 class Slots:
     """A linear's slot table, valid while its adapters are these very objects."""
 
-    entries: tuple[tuple[int, LinearAdapter], ...]
+    entries: dict[int, weakref.ref[LinearAdapter]]
+    """Weak: an adapter that left must not stay in memory until its linear runs another one."""
     table: torch.Tensor
     align: int
 
     def serves(self, adapters: LinearAdapters) -> bool:
         """Whether no slot was attached, replaced or removed since."""
-        now = adapters.by_slot
-        return len(now) == len(self.entries) and all(now.get(slot) is adapter for slot, adapter in self.entries)
+        now, entries = adapters.by_slot, self.entries
+        return len(now) == len(entries) and all(
+            slot in entries and entries[slot]() is adapter for slot, adapter in now.items()
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """What one launch sequence needs to know of a linear and a microbatch."""
+    """What one launch sequence needs to know of a slot table and a microbatch.
+
+    Note: nothing of the linear itself. Linears may share a table and a routing (PEFT's, with a key for every call).
+    """
 
     slots: Slots
     width: int
     """Columns of S: the widest adapter's in this microbatch, rounded up to 16."""
     drop: bool
-    module_key: int
 
 
 def make_slots(adapters: LinearAdapters, device: torch.device) -> Slots:
@@ -51,7 +57,7 @@ def make_slots(adapters: LinearAdapters, device: torch.device) -> Slots:
         for slot, adapter in adapters.by_slot.items()
     }
     align = tables.table_alignment(rows)
-    entries = tuple(adapters.by_slot.items())
+    entries = {slot: weakref.ref(adapter) for slot, adapter in adapters.by_slot.items()}
     return Slots(entries=entries, table=tables.slot_table(rows, device), align=align)
 
 

@@ -2,12 +2,15 @@
 
 import os
 import random
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from kernel_cases import TILE, Case, as_dtype, random_case, random_keys, relative, run, worst_ratio
+from peft import LoraConfig, get_peft_model
 
+from lorafusion_megatron.integrations.peft import fuse
 from lorafusion_megatron.kernels import masks
 from lorafusion_megatron.lora import triton_backend
 from lorafusion_megatron.lora.reference import TorchBackend
@@ -108,6 +111,47 @@ def test_replaced_adapter_is_noticed():
         adapter.a.add_(1.0)
         case.adapters.by_slot[slot] = adapter
     assert relative(run(mine, case).y, run(TorchBackend(), case).y) < 1e-5
+
+
+def test_an_adapter_that_left_is_let_go_and_its_place_can_be_taken():
+    mine = backend()
+    case = random_case(13, tokens=128, size=(64, 48), slots=2, ranks=[4])
+    run(mine, case)
+    (slot, adapter) = case.adapters.by_slot.popitem()
+    case.routing.derived.clear()
+    gone = weakref.ref(adapter)
+    other = replace(adapter, a=adapter.a + 1.0)
+    del adapter
+    assert gone() is None, "its flat buffers would stay as long as its linear runs no other adapter"
+    routing = build_routing(
+        [RoutedSegment(slot=slot + 1, start=0, stop=128)], num_tokens=128, tile=TILE, row_keys=random_keys(128, 13)
+    )
+    case.adapters.by_slot[slot + 1] = other
+    case = replace(case, routing=routing)
+    assert relative(run(mine, case).y, run(TorchBackend(), case).y) < 1e-5
+
+
+def test_linears_that_share_their_tables_and_a_routing_draw_their_own_masks():
+    mine = backend()
+    case = random_case(27, tokens=128, size=(64, 48), slots=1, ranks=[4])
+    (slot,) = case.adapters.by_slot
+    case.adapters.by_slot[slot] = replace(case.adapters.by_slot[slot], dropout=0.5)
+    routing = build_routing(
+        [RoutedSegment(slot=slot, start=0, stop=128)], num_tokens=128, tile=TILE, row_keys=random_keys(128, 27)
+    )
+    for module_key in (1, 2):
+        one = replace(case, adapters=replace(case.adapters, module_key=module_key), routing=routing)
+        assert worst_ratio(mine, one) <= 1.5
+
+
+def test_a_peft_model_draws_new_masks_in_every_step():
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_dropout=0.5, target_modules=["0"], init_lora_weights=False)
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(32, 16)), config)
+    assert fuse(model, backend=backend()).fused == 1
+    x = torch.randn(8, 32)
+    first, second = model(x), model(x)
+    assert not torch.equal(first, second)
 
 
 def test_rows_that_are_not_contiguous():
