@@ -3,7 +3,8 @@
 Triton sorts a call's arguments anew each time: 40 to 80 microseconds a launch, of which a linear needs six, so short
 microbatches would wait for Python. What Triton compiles depends on few facts: the constants, and of each argument its
 type, whether an address is a multiple of 16, and whether a number is 1 or a multiple of 16. A launcher keeps the
-compiled kernel by these facts and hands it plain addresses.
+compiled kernel by these facts and hands it plain addresses. The layout of a descriptor's block must follow from the
+block's shape and type, and a constant must not be a bool here and a number there: neither is told apart.
 """
 
 from collections.abc import Callable
@@ -40,18 +41,22 @@ class Launcher:
 
         Args:
             grid: programs along each axis.
-            arguments: tensors, tensor descriptors, integers or None, in the kernel's order.
+            arguments: tensors and tensor descriptors on the current device, ``int`` or None, in the kernel's order.
             stream: where to launch; None: the current stream.
             options: Triton's own (``num_warps``, ``num_stages``, ``maxnreg``, ``launch_pdl``).
             **constants: the kernel's constants, in its order.
 
+        Raises:
+            TypeError: an argument of another type, for which Triton may compile other code.
+
+        Note: tensors are checked by Triton when it compiles; later ones of the same facts are taken as they are.
         """
         options = options or {}
         if self._free is None:  # the interpreter
             self._kernel[grid](*arguments, **constants, **options)
             return
         facts, values = _sorted_out(arguments, self._free)
-        key = (*facts, *constants.values(), *options.values())
+        key = (*facts, *constants.values(), *options.items())
         found = self._compiled.get(key)
         if found is None:
             with torch.cuda.stream(stream):  # of None: the current one
@@ -89,7 +94,7 @@ def _sorted_out(arguments: tuple[Any, ...], free: frozenset[int]) -> tuple[list[
     for at, argument in enumerate(arguments):
         kind = type(argument)
         if kind is int:
-            facts.append(argument.bit_length() > 31)
+            facts.append("i32" if -0x80000000 <= argument <= 0x7FFFFFFF else "i64" if argument < 1 << 63 else "u64")
             if at not in free:
                 facts.append("one" if argument == 1 else argument & 15 == 0)
             values.append(argument)
@@ -103,10 +108,11 @@ def _sorted_out(arguments: tuple[Any, ...], free: frozenset[int]) -> tuple[list[
         elif argument is None:
             facts.append(None)
             values.append(None)
-        else:
-            facts.append(argument.base.dtype)
-            facts.append(argument.base.get_device())
+        elif isinstance(getattr(argument, "base", None), torch.Tensor):
+            facts.append((argument.base.dtype, argument.base.get_device(), *argument.block_shape))
             values.append(argument)
+        else:
+            raise TypeError(f"argument {at} is a {kind.__name__}; kernels take tensors, descriptors, int and None")
     return facts, values
 
 

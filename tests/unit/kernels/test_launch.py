@@ -1,11 +1,15 @@
 """The launcher's memory of compiled kernels: the same facts, the same code; any other fact, Triton is asked."""
 
+import numpy
 import pytest
 import torch
+from triton._C.libtriton import native_specialize_impl
+from triton.backends.compiler import BaseBackend
 from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lorafusion_megatron.kernels.launch import Launcher, cdiv, power_of_two
+from lorafusion_megatron.kernels.launch import Launcher, _sorted_out, cdiv, power_of_two
 
 
 class Compiled:
@@ -72,6 +76,43 @@ def test_any_other_fact_asks_triton(watched, other):
         x = torch.zeros(64, dtype=facts["dtype"])[facts["offset"] :]
         options = {"num_warps": facts.get("num_warps", 4)}
         launch((1, 1, 1), (x, facts["stride"], facts["count"], facts["y"]), options=options, SIZE=facts["SIZE"])
+    assert len(watched.seen) == 2
+
+
+FLOATS = (torch.float32, torch.float16)
+ARGUMENTS = [
+    None,
+    *(0, 1, -1, 16, -16, 17, 2**40, 2**40 + 1, 2**63 - 1, 2**63),
+    *(sign * 2**31 + by for sign in (-1, 1) for by in (-16, -1, 0, 1, 16)),
+    *(torch.zeros(64, dtype=dtype)[offset:] for dtype in FLOATS for offset in (0, 1, 8)),
+    *(
+        TensorDescriptor.from_tensor(torch.zeros(64, 64, dtype=dtype), block)
+        for dtype in FLOATS
+        for block in ([16, 16], [16, 32], [32, 16])
+    ),
+]
+
+
+@pytest.mark.parametrize("specialised", [True, False])
+def test_what_triton_compiles_apart_has_other_facts(specialised):
+    found: dict = {}
+    for argument in ARGUMENTS:
+        facts, _ = _sorted_out((None, argument), frozenset() if specialised else frozenset({1}))
+        code = native_specialize_impl(BaseBackend, argument, False, specialised, True)
+        assert found.setdefault(tuple(facts), code) == code, argument
+    assert len(found) < len(ARGUMENTS)
+
+
+@pytest.mark.parametrize("argument", [True, 1.0, numpy.int64(4)], ids=["bool", "float", "numpy"])
+def test_arguments_of_other_types_are_refused(watched, argument):
+    with pytest.raises(TypeError, match="argument 1 is a "):
+        Launcher(watched)((1, 1, 1), (torch.zeros(64), argument, 7, None), SIZE=16)
+
+
+def test_options_are_known_by_their_names(watched):
+    launch = Launcher(watched)
+    for options in ({"num_warps": 4, "num_stages": 2}, {"num_warps": 4, "maxnreg": 2}):
+        launch((1, 1, 1), (torch.zeros(64), 32, 7, None), options=options, SIZE=16)
     assert len(watched.seen) == 2
 
 
