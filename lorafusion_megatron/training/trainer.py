@@ -17,9 +17,9 @@ from ..mcore.stream import DeviceBatch, StreamRunner
 from ..scheduler.trim import trim_schedule
 from ..scheduler.windows import WindowPlanner
 from ..types import GlobalBatch, Microbatch, Schedule, StepReport
-from . import garbage
 from .checkpoints import CheckpointWriter
 from .evaluate import mean_losses, plan_evaluation
+from .garbage import Collector
 from .jobs import Job
 from .lifecycle import Inbox
 from .loggers import Loggers
@@ -89,6 +89,7 @@ class Trainer:
         self.writer.last_state = str(resumed.path) if resumed.path else None
         self.saver = Saver(groups, write_adapter=self.writer.adapter, write_state=self.writer.state)
         self.planner = WindowPlanner()
+        self.collector = Collector(active=groups.device.type == "cuda")
         self._report_status("running")
 
     @property
@@ -114,11 +115,11 @@ class Trainer:
 
     def advance(self) -> bool:
         """Run the next window; False where no job is left to train."""
-        if self._left is None:
-            self._between_windows()
+        released = self._left is None and self._between_windows()
         schedule = self._left or self._plan()
         if schedule is None:
             return False
+        self.collector.before_window(released=released)
         self.stopped = self._run_window(schedule)
         return True
 
@@ -180,8 +181,12 @@ class Trainer:
         self._report_status("running")
         return stopped
 
-    def _between_windows(self) -> None:
-        """What happens with the pipeline empty: jobs come and go, adapters are validated, ended jobs leave."""
+    def _between_windows(self) -> bool:
+        """What happens with the pipeline empty: jobs come and go, adapters are validated, ended jobs leave.
+
+        Returns:
+            Whether any left.
+        """
         self._evaluate()
         for job in list(self.jobs.values()):
             if job.slot is not None:
@@ -190,8 +195,7 @@ class Trainer:
         events = self.inbox.decide(self.window, statuses, self.roster.check_new) if self.groups.is_first else None
         for event in self.groups.broadcast(events):
             self._obey(event)
-        if (self._release() or self.window < 2) and self.groups.device.type == "cuda":
-            garbage.settle()
+        return self._release()
 
     def _settle(self, job: Job) -> None:
         """Give a mounted job the status that its last window left it with."""
@@ -416,6 +420,7 @@ class Trainer:
 
     def _close(self, stopped: bool) -> None:
         self.planner.close()
+        self.collector.close()
         self.report.timeline()
         self._report_status("stopped" if stopped else "done")
         if self.metrics and self.loggers:
