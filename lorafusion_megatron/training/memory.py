@@ -4,7 +4,7 @@ Knows no torch: `plan` prints it for machines that this one is not.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..config.run import RunConfig
 from ..models.projections import target_linears
@@ -14,6 +14,8 @@ ADAPTER_BYTES = 4 + 4 + 8
 """Per adapter parameter beside its own: fp32 master, fp32 gradient, two fp32 moments."""
 LIBRARY_BYTES = 600 << 20
 """Workspaces of matrix and attention libraries and of a communicator that PyTorch's allocator hands out."""
+WIDEST_FUSED = 64
+"""Columns of an adapter on one linear up to which the MLP runs as one (`triton_backend.WIDEST_JOINT`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +31,7 @@ class MemoryOptions:
     recompute: str | None = None
     """None | selective | full"""
     fused_mlp: bool = False
-    """Whether the MLP's activation is computed again in backward (the Triton backend, where adapters sit on both of its
-    linears)."""
+    """Whether the backend computes the MLP's activation again in backward where the adapters allow it (Triton)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,7 @@ def predict_memory(spec: ModelSpec, adapters: Sequence[AdapterSpec], options: Me
         10 % of it; the allocator's fragments and the CUDA context (about 0.5 GiB outside of PyTorch) are not in it.
     """
     out = []
+    options = replace(options, fused_mlp=options.fused_mlp and _mlp_fuses(spec, adapters, options))
     chunks = len(options.layers_per_chunk)
     for stage in range(options.stages):
         mine = range(stage, chunks, options.stages)
@@ -101,20 +103,27 @@ def predict_run_memory(run: RunConfig, spec: ModelSpec, layers_per_chunk: Sequen
         token_capacity=run.runtime.token_capacity,
         dtype_bytes=4 if run.base_model.dtype == "float32" else 2,
         recompute=model.recompute_granularity,
-        fused_mlp=run.runtime.lora_backend != "torch"
-        and run.runtime.device != "cpu"
-        and all(_on_both_linears(spec, adapter) for adapter in adapters),
+        fused_mlp=run.runtime.lora_backend != "torch" and run.runtime.device != "cpu",
     )
     return predict_memory(spec, adapters, options)
 
 
-def _on_both_linears(spec: ModelSpec, adapter: AdapterSpec) -> bool:
-    """Whether an adapter sits on linear_fc1 and on linear_fc2."""
-    linears = target_linears(spec)
-    return all(
-        name in adapter.target_modules or any(p.name in adapter.target_modules for p in linears[name].projections)
-        for name in ("linear_fc1", "linear_fc2")
+def _mlp_fuses(spec: ModelSpec, adapters: Sequence[AdapterSpec], options: MemoryOptions) -> bool:
+    """Whether every microbatch's MLP runs as one in every layer, whichever adapters are in it."""
+    if spec.mlp_bias or spec.ffn_hidden_size // options.tensor_parallel % 16:
+        return False
+    columns = [_columns(spec, adapter, name) for adapter in adapters for name in ("linear_fc1", "linear_fc2")]
+    everywhere = all(
+        set(range(spec.num_layers)).issubset(a.layers_to_transform or range(spec.num_layers)) for a in adapters
     )
+    return everywhere and all(0 < wide <= WIDEST_FUSED for wide in columns)
+
+
+def _columns(spec: ModelSpec, adapter: AdapterSpec, linear: str) -> int:
+    """Columns of an adapter on a linear: its rank, for each projection where these have an A of their own."""
+    if linear in adapter.target_modules:
+        return adapter.rank
+    return adapter.rank * sum(p.name in adapter.target_modules for p in target_linears(spec)[linear].projections)
 
 
 def describe(memory: Sequence[StageMemory], measured: Mapping[int, int] | None = None) -> str:
@@ -156,11 +165,7 @@ def _adapter(spec: ModelSpec, adapter: AdapterSpec, layers: int, options: Memory
     """Flat buffers of one adapter on one rank: the replicated factor whole, the other one split."""
     tp, size = options.tensor_parallel, 0.0
     for name, linear in target_linears(spec).items():
-        shared = name in adapter.target_modules
-        wanted = [p for p in linear.projections if p.name in adapter.target_modules]
-        if not shared and not wanted:
-            continue
-        columns = adapter.rank * (1 if shared else len(wanted))
+        columns = _columns(spec, adapter, name)
         rows = sum(p.out_features for p in linear.projections)
         split_out = name in ("linear_qkv", "linear_fc1")
         inner = linear.projections[0].in_features

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from lorafusion_megatron.lora.triton_backend import WIDEST_JOINT
 from lorafusion_megatron.training.bench.workloads import shape
-from lorafusion_megatron.training.memory import ADAPTER_BYTES, MemoryOptions, describe, predict_memory
+from lorafusion_megatron.training.memory import ADAPTER_BYTES, WIDEST_FUSED, MemoryOptions, describe, predict_memory
 from lorafusion_megatron.types import AdapterSpec
 
 TINY = shape("tiny", None)
@@ -77,3 +78,33 @@ def test_an_activation_that_is_made_again_is_not_kept():
     layers = OPTIONS.layers_per_chunk[0]
     width = OPTIONS.token_capacity * TINY.ffn_hidden_size * OPTIONS.dtype_bytes // OPTIONS.tensor_parallel
     assert kept - made_again == in_flight * layers * width
+
+
+BOTH = replace(ADAPTER, target_modules=("gate_proj", "up_proj", "down_proj"))
+
+
+@pytest.mark.parametrize(
+    ("adapters", "fused"),
+    [
+        ([BOTH, BOTH], True),
+        ([BOTH, ADAPTER], False),
+        ([replace(BOTH, rank=32)], True),
+        ([replace(BOTH, rank=33)], False),
+        ([replace(BOTH, rank=64, target_modules=("linear_fc1", "linear_fc2"))], True),
+        ([replace(BOTH, layers_to_transform=(0, 2))], False),
+    ],
+    ids=["all", "one linear alone", "64 columns", "66 columns", "one A", "some layers"],
+)
+def test_the_activation_is_kept_where_some_microbatch_or_layer_keeps_it(adapters, fused):
+    kept, asked = (predict_memory(TINY, adapters, replace(OPTIONS, fused_mlp=on))[0] for on in (False, True))
+    assert (asked.activations < kept.activations) == fused
+
+
+def test_the_widest_adapter_of_a_fused_mlp_is_the_backends():
+    assert WIDEST_FUSED == WIDEST_JOINT
+
+
+def test_a_bias_keeps_the_activation():
+    spec = replace(TINY, mlp_bias=True)
+    kept, asked = (predict_memory(spec, [BOTH], replace(OPTIONS, fused_mlp=on))[0] for on in (False, True))
+    assert asked.activations == kept.activations
