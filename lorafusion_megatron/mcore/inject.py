@@ -196,7 +196,8 @@ def _is_plain_swiglu(mlp: MLP) -> bool:
     """Whether an MLP is ``fc2(silu(gate) * up)`` and nothing else, on linears that were taken over."""
     config, linears = mlp.config, (mlp.linear_fc1, mlp.linear_fc2)
     return (
-        config.gated_linear_unit
+        type(mlp).forward is MLP.forward  # a subclass that does more (a shared expert's gate) keeps its own
+        and config.gated_linear_unit
         and config.activation_func is torch.nn.functional.silu
         and config.activation_func_clamp_value is None
         and config.glu_linear_offset == 0.0
