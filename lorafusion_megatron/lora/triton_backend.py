@@ -347,7 +347,8 @@ class TritonBackend:
                     if way.kind != EXPAND or not expand_is_hopeless(problem)
                 },
             )
-        return self._chosen.setdefault(key, by_name[choice])
+        # Where no way had room, the tuner names the one that always has, whatever the strategy.
+        return self._chosen.setdefault(key, by_name.get(choice, Way(EXPAND)))
 
     def _ways(self, *, fuses: bool) -> list[Way]:
         """Every way to compute a product on this device that ``strategy`` allows, the likeliest first."""

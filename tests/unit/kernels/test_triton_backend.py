@@ -9,9 +9,11 @@ import pytest
 import torch
 from kernel_cases import TILE, Case, as_dtype, random_case, random_keys, relative, run, worst_ratio
 from peft import LoraConfig, get_peft_model
+from triton.runtime.errors import OutOfResources
 
 from lorafusion_megatron.integrations.peft import fuse
-from lorafusion_megatron.kernels import masks
+from lorafusion_megatron.kernels import masks, tuning
+from lorafusion_megatron.kernels.tuning import EXPAND, Tuner
 from lorafusion_megatron.lora import triton_backend
 from lorafusion_megatron.lora.reference import TorchBackend
 from lorafusion_megatron.lora.routing import RoutedSegment, build_routing
@@ -152,6 +154,19 @@ def test_a_peft_model_draws_new_masks_in_every_step():
     x = torch.randn(8, 32)
     first, second = model(x), model(x)
     assert not torch.equal(first, second)
+
+
+def test_a_product_that_has_no_room_falls_back_to_expand(monkeypatch):
+    def refuse(run):
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    monkeypatch.setattr(tuning, "_median_ms", refuse)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    case = random_case(29, tokens=100, size=(64, 48), slots=2, dtype=torch.float16, ranks=[4])
+    mine = backend("fused")
+    mine._tuner = Tuner(None)
+    assert worst_ratio(mine, case) <= 1.5
+    assert {way.kind for way in mine._chosen.values()} == {EXPAND}
 
 
 def test_rows_that_are_not_contiguous():
