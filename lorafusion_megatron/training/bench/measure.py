@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -140,9 +140,8 @@ class Bench:
 
     def profile(self, outcome: Outcome, workload: Workload) -> list[KernelTimes]:
         """The kernels of one more run of a variant that was measured, for each stage."""
-        mine = profile_kernels(lambda: self._once(outcome, workload, None, keep_spans=False))
-        outcome.seconds.pop()  # slower for being watched
-        outcome.bubbles.pop()
+        watched = replace(outcome, seconds=[], bubbles=[])  # slower for being watched: no run of the outcome's
+        mine = profile_kernels(lambda: self._once(watched, workload, None, keep_spans=False))
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine, group=self.groups.objects)
         return everyone

@@ -1,9 +1,11 @@
 """Where the GPU's time goes in one run of a variant: its kernels by total time, and how much of the run they fill."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,7 @@ def profile_kernels(run: Callable[[], None]) -> KernelTimes:
         run()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-    kernels = [e for e in profiler.events() if str(e.device_type).endswith("CUDA") and e.device_time > 0]
+    kernels = on_device(profiler.events())
     milliseconds: dict[str, float] = {}
     calls: dict[str, int] = {}
     for event in kernels:
@@ -51,6 +53,11 @@ def profile_kernels(run: Callable[[], None]) -> KernelTimes:
         span=(max(stop for _, stop in spans) - spans[0][0]) / 1e3 if spans else 0.0,
         host=host,
     )
+
+
+def on_device(events: Iterable[Any]) -> list[Any]:
+    """The profiler's events that are kernels and copies: not the ranges that ``record_function`` names around them."""
+    return [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation and e.device_time > 0]
 
 
 def covered(spans: list[tuple[float, float]]) -> float:

@@ -1,6 +1,10 @@
 """What the benchmark's profile counts."""
 
-from lorafusion_megatron.training.bench.profile import KernelTimes, covered, describe
+from types import SimpleNamespace
+
+from torch.autograd import DeviceType
+
+from lorafusion_megatron.training.bench.profile import KernelTimes, covered, describe, on_device
 
 
 def test_overlapping_kernels_count_once():
@@ -14,3 +18,11 @@ def test_the_longest_kernels_come_first():
     assert lines[0] == "kernels ran in 3.5 of 5.0 ms; their times sum to 4.0 ms"
     assert lines[1].split() == ["3.00", "ms", "2", "x", "b"]
     assert len(lines) == 3
+
+
+def test_ranges_that_span_kernels_are_not_counted_with_them():
+    def event(name, device=DeviceType.CUDA, *, annotation=False, time=1.0):
+        return SimpleNamespace(name=name, device_type=device, is_user_annotation=annotation, device_time=time)
+
+    events = [event("kernel"), event("Optimizer.step", annotation=True), event("op", DeviceType.CPU)]
+    assert [e.name for e in on_device([*events, event("empty", time=0.0)])] == ["kernel"]
