@@ -18,7 +18,7 @@ from ..kernels.swiglu import swiglu_down, swiglu_grad
 from ..kernels.tuning import EXPAND, FUSED, GROUPS, HOPPER, Problem, Tuner, Way, cache_path, expand_is_hopeless
 from .adapters import LinearAdapters
 from .routing import Routing
-from .triton_slots import Call, is_pure, make_slots, signed, with_gaps, with_rows
+from .triton_slots import Call, is_pure, make_call, make_slots, signed, with_gaps, with_rows
 
 TILE = 64
 """Rows per tile: the smallest that fills the matrix unit; larger ones waste more padding on every layer."""
@@ -263,14 +263,7 @@ class TritonBackend:
         slots = adapters.derived.get("triton")
         if slots is None or not slots.serves(adapters):
             slots = adapters.derived["triton"] = make_slots(adapters, active[0].a.device)
-        call = routing.derived.get(id(slots))
-        if call is None or call.slots is not slots:
-            call = routing.derived[id(slots)] = Call(
-                slots=slots,
-                width=-(-max(adapter.columns for adapter in active) // 16) * 16,
-                drop=any(adapter.dropout > 0.0 for adapter in active),
-            )
-        return call
+        return make_call(slots, active, routing)
 
     def _fuses(self, z: torch.Tensor, weight: torch.Tensor) -> bool:
         """Whether the fused products can run: bulk copies need 16-bit types and 16-byte rows."""

@@ -1,7 +1,9 @@
 """What the Triton backend knows of a linear's adapters and of a microbatch before it launches anything."""
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -10,7 +12,7 @@ from .adapters import LinearAdapter, LinearAdapters
 from .routing import Routing
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Slots:
     """A linear's slot table, valid while its adapters are these very objects."""
 
@@ -27,8 +29,7 @@ class Slots:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Call:
+class Call(NamedTuple):
     """What one launch sequence needs to know of a slot table and a microbatch.
 
     Note: nothing of the linear itself. Linears may share a table and a routing (PEFT's, with a key for every call).
@@ -38,6 +39,23 @@ class Call:
     width: int
     """Columns of S: the widest adapter's in this microbatch, rounded up to 16."""
     drop: bool
+    """Whether any of these adapters drops."""
+
+
+def make_call(slots: Slots, active: Sequence[LinearAdapter], routing: Routing) -> Call:
+    """What the adapters of a microbatch need; remembered with its routing while the slot table lives.
+
+    Args:
+        slots: of the linear.
+        active: its adapters that have rows in the microbatch, at least one.
+        routing: of the microbatch.
+    """
+    known = routing.derived.setdefault("calls", weakref.WeakKeyDictionary())
+    needs = known.get(slots)
+    if needs is None:
+        width = -(-max(adapter.columns for adapter in active) // 16) * 16
+        needs = known[slots] = width, any(adapter.dropout > 0.0 for adapter in active)
+    return Call(slots, *needs)
 
 
 def make_slots(adapters: LinearAdapters, device: torch.device) -> Slots:

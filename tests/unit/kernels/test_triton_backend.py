@@ -133,6 +133,20 @@ def test_an_adapter_that_left_is_let_go_and_its_place_can_be_taken():
     assert relative(run(mine, case).y, run(TorchBackend(), case).y) < 1e-5
 
 
+def test_a_routing_that_stays_keeps_no_table_of_linears_that_went():
+    mine = backend()
+    case = random_case(13, tokens=128, size=(64, 48), slots=1, ranks=[4])
+    (slot,) = case.adapters.by_slot
+    segments = [RoutedSegment(slot=slot, start=0, stop=128)]
+    routing = build_routing(segments, num_tokens=128, tile=TILE, row_keys=random_keys(128, 13))
+    tables = []
+    for _ in range(3):
+        one = replace(case, adapters=replace(case.adapters, derived={}), routing=routing)
+        run(mine, one)
+        tables.append(weakref.ref(one.adapters.derived["triton"]))
+    assert [table() is None for table in tables] == [True, True, False]
+
+
 def test_linears_that_share_their_tables_and_a_routing_draw_their_own_masks():
     mine = backend()
     case = random_case(27, tokens=128, size=(64, 48), slots=1, ranks=[4])
