@@ -1,12 +1,14 @@
 """The SwiGLU MLP with adapters as one function, under the interpreter, against linear, activation, linear in fp64."""
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from kernel_cases import TILE, random_keys
 from mlp_cases import MlpCase, fused, random_mlp, worst_mlp_ratio
+from torch.utils.checkpoint import checkpoint
 
 from lorafusion_megatron.lora.routing import RoutedSegment, Routing, build_routing
 from lorafusion_megatron.lora.swiglu_mlp import swiglu_mlp
@@ -92,21 +94,35 @@ def test_adapters_on_one_of_the_linears_beside_some_on_both():
     assert worst_mlp_ratio(backend(), case) <= 1.5
 
 
-def test_an_input_that_needs_no_gradient_still_gives_the_adapters_theirs():
-    case = random_mlp(9, tokens=200, hidden=32, features=64, slots=4, dtype=torch.float32, ranks=[4])
-    _, _, *wanted = fused(backend(), case.to(torch.float32))
-    mine = case.to(torch.float32)
-    fc1, fc2 = mine.fc1, mine.fc2
-    adapters = [*fc1.adapters.by_slot.values(), *fc2.adapters.by_slot.values()]
+def added_gradients(
+    case: MlpCase, whole: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+) -> list[torch.Tensor]:
+    """What a backward through ``whole(x)`` adds to the gradients of a case's adapters."""
+    adapters = [*case.fc1.adapters.by_slot.values(), *case.fc2.adapters.by_slot.values()]
     for adapter in adapters:
         adapter.grad_a.zero_()
         adapter.grad_b.zero_()
+    whole(x).backward(case.fc2.dy)
+    return [grad for adapter in adapters for grad in (adapter.grad_a, adapter.grad_b)]
+
+
+@pytest.mark.parametrize("how", ["no gradient", "recomputed"])
+def test_the_adapters_gradients_do_not_depend_on_the_inputs_or_on_recompute(how):
+    case = random_mlp(9, tokens=150, hidden=32, features=64, slots=4, dtype=torch.float32, ranks=[4])
+    _, _, *wanted = fused(backend(), case.to(torch.float32))
+    mine = case.to(torch.float32)
+    fc1, fc2 = mine.fc1, mine.fc2
     anchor = torch.empty(0, requires_grad=True)
-    out = swiglu_mlp(
-        fc1.x, fc1.weight, fc2.weight, fc1.adapters, fc2.adapters, fc1.routing, backend=backend(), anchor=anchor
-    )
-    out.backward(fc2.dy)
-    got = [grad for adapter in adapters for grad in (adapter.grad_a, adapter.grad_b)]
+
+    def whole(x):
+        return swiglu_mlp(
+            x, fc1.weight, fc2.weight, fc1.adapters, fc2.adapters, fc1.routing, backend=backend(), anchor=anchor
+        )
+
+    if how == "no gradient":
+        got = added_gradients(mine, whole, fc1.x)
+    else:
+        got = added_gradients(mine, lambda x: checkpoint(whole, x, use_reentrant=True), fc1.x.requires_grad_())
     assert any(grad.any() for grad in got)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
