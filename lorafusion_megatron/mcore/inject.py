@@ -159,7 +159,7 @@ def inject(
         The taken-over linears of this stage, by layer and name.
 
     Raises:
-        ValueError: a linear of a target's name is of a type that can't be taken over.
+        ValueError: a linear of a target's name is of a type that can't be taken over, or is not called by its MLP.
     """
     columns, rows = _linear_types()
     targets: list[TargetLinear] = []
@@ -181,8 +181,10 @@ def inject(
                 module.lora_backend = backend
                 module.lora_anchor = torch.empty(0, device=module.weight.device, requires_grad=True)
                 targets.append(target)
-            for module in [m for m in block.modules() if isinstance(m, MLP) and _is_plain_swiglu(m)]:
-                _become(module, LoraSwigluMlp)
+            for mlp in [m for m in block.modules() if isinstance(m, MLP)]:
+                _check_calls_linears(mlp)
+                if _is_plain_swiglu(mlp):
+                    _become(mlp, LoraSwigluMlp)
     return sorted(targets, key=lambda t: (t.layer, t.adapters.name))
 
 
@@ -190,6 +192,16 @@ def taken_over(chunks: Iterable[torch.nn.Module]) -> list[tuple[torch.nn.Module,
     """Every taken-over linear with the class it had before and the one it has now."""
     linears = [module for chunk in chunks for module in chunk.modules() if isinstance(module, _LoraLinear)]
     return [(module, type(module).__bases__[1], type(module)) for module in linears]
+
+
+def _check_calls_linears(mlp: MLP) -> None:
+    """Refuse Transformer Engine's fused MLP: it reads its linears' weights, and adapters on them would do nothing."""
+    taken = any(isinstance(linear, _LoraLinear) for linear in (mlp.linear_fc1, mlp.linear_fc2))
+    if taken and hasattr(mlp, "_make_fused_impl"):
+        raise ValueError(
+            f"{type(mlp).__name__} computes without calling its linears, so their adapters would have no effect: "
+            "build the model with use_transformer_engine_op_fuser=False"
+        )
 
 
 def _is_plain_swiglu(mlp: MLP) -> bool:

@@ -1,12 +1,22 @@
-"""Which MLPs are taken over as a whole."""
+"""Which MLPs are taken over as a whole, and which are refused."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
-from lorafusion_megatron.mcore.inject import LoraColumnParallelLinear, LoraRowParallelLinear, _is_plain_swiglu
+from lorafusion_megatron.lora.bank import LinearLayout
+from lorafusion_megatron.lora.reference import TorchBackend
+from lorafusion_megatron.mcore.inject import (
+    LoraColumnParallelLinear,
+    LoraRowParallelLinear,
+    LoraSwigluMlp,
+    _is_plain_swiglu,
+    inject,
+)
 
 SWIGLU = {
     "gated_linear_unit": True,
@@ -67,3 +77,63 @@ def test_plain_swiglu_is_taken_over(kind):
 )
 def test_what_does_anything_else_keeps_its_own_forward(other):
     assert not _is_plain_swiglu(mlp(**other))
+
+
+class OfOperations(MLP):
+    """As Transformer Engine's fused MLP: its forward reads the linears' weights and calls none of them."""
+
+    def _make_fused_impl(self):
+        raise NotImplementedError
+
+
+class Block(torch.nn.Module, BaseTransformerLayer):
+    """A block of an MLP alone."""
+
+    layer_number = 1
+
+
+def layout(name: str, rows: int) -> LinearLayout:
+    return LinearLayout(
+        projections=(name,),
+        projection_rows=(rows,),
+        row_projection=torch.zeros(rows, dtype=torch.int32),
+        row_index=torch.arange(rows),
+    )
+
+
+LAYOUTS = {"linear_fc1": layout("gate_up_proj", 8), "linear_fc2": layout("down_proj", 4)}
+
+
+def block(kind: type) -> Block:
+    """A block whose MLP has 4 features between 4 inputs and outputs."""
+    made = Block()
+    made.mlp = mlp(kind)
+    for name, linear, shape in (
+        ("linear_fc1", ColumnParallelLinear, (8, 4)),
+        ("linear_fc2", RowParallelLinear, (4, 4)),
+    ):
+        module = linear.__new__(linear)
+        torch.nn.Module.__init__(module)
+        module.weight = torch.nn.Parameter(torch.zeros(shape), requires_grad=False)
+        module.bias = None
+        setattr(made.mlp, name, module)
+    return made
+
+
+def take_over(chunk: torch.nn.Module, layouts: dict[str, LinearLayout] = LAYOUTS) -> list:
+    return inject([chunk], layouts, backend=TorchBackend(), tp_rank=0, tp_size=1)
+
+
+def test_taking_over_twice_leaves_one_class_of_each():
+    made = torch.nn.ModuleList([block(MLP)])
+    assert [target.linear for target in take_over(made)] == ["linear_fc1", "linear_fc2"]
+    kinds = [type(module) for module in made.modules()]
+    take_over(made)
+    assert [type(module) for module in made.modules()] == kinds
+    assert isinstance(made[0].mlp, LoraSwigluMlp)
+
+
+def test_an_mlp_that_never_calls_its_linears_is_refused_where_they_have_adapters():
+    take_over(torch.nn.ModuleList([block(OfOperations)]), {})
+    with pytest.raises(ValueError, match="use_transformer_engine_op_fuser=False"):
+        take_over(torch.nn.ModuleList([block(OfOperations)]))
