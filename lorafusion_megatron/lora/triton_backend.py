@@ -41,6 +41,7 @@ class TritonBackend:
 
     Note: never synchronises with the host; capturable in a CUDA graph after one call outside it, which builds the
     tables and the counters. Saves S in x's dtype and nothing else of the size of the tokens.
+    Calls share counters and events: one thread at a time.
     """
 
     name = "triton"
