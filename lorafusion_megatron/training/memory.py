@@ -208,13 +208,4 @@ def _transient(spec: ModelSpec, options: MemoryOptions) -> int:
     wide = options.token_capacity * (3 * ffn + 2 * spec.hidden_size) * options.dtype_bytes
     if options.recompute != "full":
         return int(wide)
-    whole = MemoryOptions(
-        layers_per_chunk=(1,),
-        stages=1,
-        tensor_parallel=options.tensor_parallel,
-        sequence_parallel=options.sequence_parallel,
-        token_capacity=options.token_capacity,
-        dtype_bytes=options.dtype_bytes,
-        fused_mlp=options.fused_mlp,
-    )
-    return int(wide) + _activations(spec, 1, whole)
+    return int(wide) + _activations(spec, 1, replace(options, recompute=None))
