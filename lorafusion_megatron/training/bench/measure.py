@@ -170,8 +170,9 @@ class Bench:
         noop = self._batch(Microbatch(), workload, schedule.padding_multiple).to(self.groups.device)[0]
         batches = [self._batch(m, workload, schedule.padding_multiple) for m in schedule.replicas[0]]
         self._rewind(outcome.variant.adapters)
-        settle()
         if self.groups.device.type == "cuda":
+            if warm_up is None:
+                settle()
             torch.cuda.reset_peak_memory_stats()
         dist.barrier(group=self.groups.objects)
         result = runner.run(
