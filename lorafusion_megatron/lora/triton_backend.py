@@ -115,8 +115,7 @@ class TritonBackend:
             return F.linear(x, weight, bias), None
         x = with_rows(x)
         s = self._down(x, call, adapters, routing, factor=FACTOR_A, drop=call.drop)
-        way = self._way(x, weight, bias, s, call, adapters, routing, factor=FACTOR_B)
-        return self._product(way, x, weight, bias, s, call, adapters, routing, factor=FACTOR_B), s
+        return self._fastest(x, weight, bias, s, call, adapters, routing, factor=FACTOR_B), s
 
     def backward(
         self,
@@ -197,9 +196,7 @@ class TritonBackend:
             width=call.width, tile=TILE, module_key=signed(fc2.module_key), feature_offset=fc2.feature_offset,
             drop=call.drop, splits=4 if y.shape[1] >= 4096 else 1, align=call.slots.align, overlap=self._overlap,
         )  # fmt: skip
-        way = self._way(act, weights[1], None, s2, call, fc2, routing, factor=FACTOR_B)
-        out = self._product(way, act, weights[1], None, s2, call, fc2, routing, factor=FACTOR_B)
-        return out, y, s1, s2
+        return self._fastest(act, weights[1], None, s2, call, fc2, routing, factor=FACTOR_B), y, s1, s2
 
     def swiglu_mlp_backward(
         self,
@@ -227,8 +224,7 @@ class TritonBackend:
         assert call2 is not None
         d_out = with_rows(d_out)
         ds2 = self._dy_products(d_out, scaled[1], call2, fc2, routing)
-        way = self._way(d_out, weights[1], None, ds2, call2, fc2, routing, factor=FACTOR_A)
-        d_act = self._product(way, d_out, weights[1], None, ds2, call2, fc2, routing, factor=FACTOR_A)
+        d_act = self._fastest(d_out, weights[1], None, ds2, call2, fc2, routing, factor=FACTOR_A)
         chunks, split = self._chunks(routing, strips=-(-d_act.shape[1] // 128), most=1024, everything=True)
         dy, ds1 = swiglu_grad(
             y, d_act, scaled[0], ds2, (call1.slots.table, call2.slots.table), chunks, routing.tile_slots,
@@ -297,6 +293,10 @@ class TritonBackend:
         """
         splits = max(1, min(8, 2 * self._programs // power_of_two(tiles), features // 512))
         return 1 << (splits.bit_length() - 1)
+
+    def _fastest(self, *operands: Any, factor: int) -> torch.Tensor:
+        """`_product` by the way that `_way` chooses; the operands are those of both."""
+        return self._product(self._way(*operands, factor=factor), *operands, factor=factor)
 
     def _way(
         self,

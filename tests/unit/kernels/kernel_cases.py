@@ -185,12 +185,19 @@ def worst_ratio(backend, case: Case) -> float:
     exact = run(TorchBackend(), as_dtype(case, torch.float64))
     eager = run(TorchBackend(), as_dtype(case, case.x.dtype))
     got = run(backend, case)
-    floor = {torch.float32: 2e-6, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}[case.x.dtype]
+    return largest_ratio(*((result.y, result.dx, *result.grads) for result in (got, eager, exact)), case.x.dtype)
+
+
+def largest_ratio(
+    got: tuple[torch.Tensor, ...],
+    eager: tuple[torch.Tensor, ...],
+    exact: tuple[torch.Tensor, ...],
+    dtype: torch.dtype,
+) -> float:
+    """The largest ratio of `worst_ratio` over results that all have a counterpart."""
+    floor = {torch.float32: 2e-6, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}[dtype]
     ratios = []
-    for name in ("y", "dx"):
-        want = getattr(exact, name)
-        ratios.append(relative(getattr(got, name), want) / max(floor, relative(getattr(eager, name), want)))
-    for mine, theirs, want in zip(got.grads, eager.grads, exact.grads, strict=True):
+    for mine, theirs, want in zip(got, eager, exact, strict=True):
         if not want.any():
             assert not mine.any(), "gradient of an adapter that has no rows"
             continue
