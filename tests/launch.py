@@ -18,6 +18,8 @@ from typing import Any
 import torch
 
 PRELOAD = ["tests.preload"]
+PATIENCE = 4.0 if torch.cuda.is_available() else 1.0
+"""Factor of all time-outs: on a GPU every rank imports everything anew and may compile kernels."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -86,6 +88,7 @@ class Ranks:
 
         As under torchrun, the others are ended where one fails; they get five seconds to end by themselves first.
         """
+        timeout *= PATIENCE
         deadline = time.monotonic() + timeout
         failed = False
         while alive := [process for process in self.processes if process.is_alive()]:

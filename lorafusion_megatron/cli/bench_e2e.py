@@ -205,7 +205,7 @@ def _write_json(folder: Path, header: dict[str, Any], results: dict[str, Any]) -
 
 
 def _write(folder: Path, header: dict[str, Any], results: dict[str, Any], workload: str) -> None:
-    """All figures so far, their bar chart, and the timeline of the workload that was measured last."""
+    """All figures so far, their bar chart, and the timelines of the workload that was measured last."""
     from ..training.bench.report import bar_chart, best_of, timeline_chart, trace
 
     _write_json(folder, header, results)
@@ -219,7 +219,10 @@ def _write(folder: Path, header: dict[str, Any], results: dict[str, Any], worklo
     if shown:
         seconds = min(max(shown[-1].seconds[-1] * 0.6, 0.5), min(o.seconds[-1] for o in shown))
         timeline_chart(folder / f"timeline_{workload}.png", f"{workload}: {title}", shown, seconds)
-        (folder / f"trace_{workload}.json").write_text(json.dumps(trace(shown[-1])))
+    for outcome in outcomes:
+        if outcome.spans:
+            name = f"trace_{workload}_{outcome.variant.name.replace(' ', '_')}.json"
+            (folder / name).write_text(json.dumps(trace(outcome)))
 
 
 def _balanced(spec: Any, args: argparse.Namespace) -> tuple[int, ...]:

@@ -29,7 +29,7 @@ def test_every_variant_trains_the_same_samples_and_is_reported(tmp_path):
         best = max(rows[f"sequential {size}"]["tokens_per_s"] for size in ("one sample", "512"))
         ratio = rows["both"]["tokens_per_s"] / best
         assert abs(found["summary"]["both / sequential"] / ratio - 1) < 0.01
-    assert {path.name for path in out.iterdir()} >= {"e2e.png", "timeline_xsum.png", "trace_xsum.json"}
+    assert {path.name for path in out.iterdir()} >= {"e2e.png", "timeline_xsum.png", "trace_xsum_both.json"}
     assert "GiB predicted" in finished.outputs[0]
 
 

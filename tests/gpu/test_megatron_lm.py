@@ -7,7 +7,10 @@ from tests.distributed.megatron_lm import SCRIPT, pretrain
 from tests.gpu import ranks
 from tests.oracle.case import TOLERANCE, OracleCase
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.timeout(1200),  # launch's own time-outs tell more
+]
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 

@@ -12,7 +12,10 @@ from tests import launch
 from tests.gpu import ranks
 from tests.oracle.case import TOLERANCE, OracleCase
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.timeout(1200),  # launch's own time-outs tell more
+]
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 IMPLEMENTATIONS = ("local", "transformer_engine")
