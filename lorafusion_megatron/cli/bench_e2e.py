@@ -66,10 +66,12 @@ def run(args: argparse.Namespace) -> int:
     device = args.device if args.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     topology = Topology(pipeline_parallel=args.pipeline)
     groups = parallel.start(topology, device=device, seed=1234, timeout_minutes=10.0)
+    failed = True
     try:
         _measure(args, spec, topology, groups, workloads, sizes)
+        failed = False
     finally:
-        parallel.stop()
+        parallel.stop(failed=failed)
     return 0
 
 

@@ -37,7 +37,7 @@ class FuseReport:
     left: dict[str, int]
     """Reason -> LoRA layers that keep PEFT's forward."""
     backend: str
-    """``triton`` or ``torch``."""
+    """``triton`` or ``torch``, ``none`` where nothing was fused."""
 
 
 def fuse(model: nn.Module, *, backend: Backend | None = None) -> FuseReport:
@@ -70,21 +70,25 @@ def fuse(model: nn.Module, *, backend: Backend | None = None) -> FuseReport:
             rule="fuse works on PEFT models",
             remedy="get_peft_model first",
         )
-    chosen = backend or _default_backend(layers)
+    chosen: dict[torch.device, Backend] = {}
     routings: OrderedDict[tuple[int, torch.device], Routing] = OrderedDict()
     left: Counter[str] = Counter()
     fused = 0
     for layer in layers:
         reason = reason_unsupported(layer)
         if reason is None:
+            weight = layer.get_base_layer().weight
+            if weight.device not in chosen:
+                chosen[weight.device] = backend or _default_backend(weight)
             if not isinstance(layer.__dict__.get("forward"), _FusedForward):
-                layer.forward = _FusedForward(layer, chosen, routings)
+                layer.forward = _FusedForward(layer, chosen[weight.device], routings)
             fused += 1
         else:
             left[reason] += 1
     for reason, count in left.items():
         logger.warning("%d LoRA layers keep PEFT's forward: %s", count, reason)
-    return FuseReport(fused=fused, left=dict(left), backend=chosen.name)
+    names = sorted({each.name for each in chosen.values()})
+    return FuseReport(fused=fused, left=dict(left), backend=" and ".join(names) or "none")
 
 
 def unfuse(model: nn.Module) -> int:
@@ -113,14 +117,13 @@ def reason_unsupported(layer: nn.Module) -> str | None:
     return None
 
 
-def _default_backend(layers: list[nn.Module]) -> Backend:
-    device = next(layers[0].parameters()).device
-    if device.type != "cuda":
+def _default_backend(weight: torch.Tensor) -> Backend:
+    """What computes linears on the device of a base weight: a backend's streams and tables belong to one GPU."""
+    if weight.device.type != "cuda":
         return TorchBackend()
     from ..lora.triton_backend import TritonBackend
 
-    backend = TritonBackend(device)
-    weight = layers[0].get_base_layer().weight
+    backend = TritonBackend(weight.device)
     reason = backend.reason_unsupported(weight, weight)
     if reason is not None:
         logger.warning("LoRA linears run in PyTorch: %s", reason)

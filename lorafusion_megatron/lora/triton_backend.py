@@ -33,7 +33,7 @@ class TritonBackend:
     """Fused kernels: one pass over X, one product, one pass over dY, one product, one pass over X.
 
     Args:
-        device: where the linears live.
+        device: where the linears live; without an index the current GPU, for good.
         strategy: ``auto`` measures; ``hopper`` and ``fused`` put the adapter's part inside the product, ``expand``
             adds it to cuBLAS' product in place. What the device lacks falls back to ``expand``.
         concurrent: whether the backward's product runs beside the pass for A's gradient, on a stream of its own.
@@ -68,6 +68,8 @@ class TritonBackend:
         self._tuner: Tuner | None = None
         self._chosen: dict[tuple[Any, ...], Way] = {}
         if self.device.type == "cuda" and torch.cuda.is_available():
+            if self.device.index is None:
+                self.device = torch.device("cuda", torch.cuda.current_device())
             properties = torch.cuda.get_device_properties(self.device)
             self._programs = properties.multi_processor_count
             self._bulk_copies = self._overlap = properties.major >= 9
@@ -259,7 +261,9 @@ class TritonBackend:
             raise ValueError(f"routing has tiles of {routing.tile} rows; the Triton backend needs {TILE}")
         slots = adapters.derived.get("triton")
         if slots is None or not slots.serves(adapters):
-            slots = adapters.derived["triton"] = make_slots(adapters, active[0].a.device)
+            if active[0].a.device != self.device:
+                raise ValueError(f"adapters of {adapters.name} on {active[0].a.device}, a backend for {self.device}")
+            slots = adapters.derived["triton"] = make_slots(adapters, self.device)
         return make_call(slots, active, routing)
 
     def _fuses(self, z: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -1,6 +1,7 @@
 """Process groups: Megatron's, and the gloo group that carries objects between all ranks of a run."""
 
 import os
+import signal
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -11,6 +12,10 @@ from megatron.core import parallel_state, tensor_parallel
 
 from ..types import Topology
 from . import cpu_compat
+from .gpu import claim_gpu
+
+LAST_SECONDS = 20
+"""What a rank that failed has to tell of it and end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +66,9 @@ def start(topology: Topology, *, device: str, seed: int, timeout_minutes: float)
         device: "cuda" or "cpu".
         seed: of Megatron's own random states (unused by a frozen base; kept deterministic).
         timeout_minutes: after which a collective with a lost rank raises instead of hanging.
+
+    Raises:
+        UserError: this host has fewer GPUs than ranks.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -68,8 +76,7 @@ def start(topology: Topology, *, device: str, seed: int, timeout_minutes: float)
         os.environ["MASTER_PORT"] = "0"
     timeout = timedelta(minutes=timeout_minutes)
     if device == "cuda":
-        local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(local)
+        local = claim_gpu()
     else:
         cpu_compat.install()
         local = torch.device("cpu")
@@ -111,8 +118,18 @@ def join(*, device: torch.device, timeout_minutes: float) -> Groups:
     )
 
 
-def stop() -> None:
-    """Leave the run and undo what `start` did to the process."""
+def stop(*, failed: bool = False) -> None:
+    """Leave the run and undo what `start` did to the process.
+
+    Args:
+        failed: this rank leaves on its own. The others may then be in the middle of a message, and NCCL's clean end
+            waits for them while they wait for this rank: its communicators are left as they are, and the process is
+            ended by SIGALRM if it still lives `LAST_SECONDS` later. Launchers end the other ranks once it has ended.
+    """
+    if failed and dist.is_initialized() and dist.get_world_size() > 1 and dist.get_backend() == "nccl":
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(LAST_SECONDS)
+        return
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -50,6 +50,7 @@ def train_run(run: RunConfig) -> int:
     progress = make_progress(
         is_first=groups.is_first, log_interval=run.logger.log_interval, log_format=run.logger.log_format
     )
+    failed = True
     try:
         progress.note(
             f"{len(run.jobs)} jobs on {prepared.device}: {prepared.transformer_impl} layers "
@@ -62,6 +63,7 @@ def train_run(run: RunConfig) -> int:
         # Launchers end the other ranks when one has left: none leaves before rank 0 has written everything.
         groups.broadcast(None)
         _note_memory(prepared, groups, progress)
+        failed = False
         if not done:
             who = f"by {stop.signal.name}" if stop.signal is not None else "on another rank's signal"
             progress.note(f"stopped {who}; the state is saved: start the same command again to go on")
@@ -79,7 +81,7 @@ def train_run(run: RunConfig) -> int:
         return EXIT_LOST
     finally:
         progress.close()
-        parallel.stop()
+        parallel.stop(failed=failed)
         stop.restore()
     return 0 if done else EXIT_STOPPED
 

@@ -11,6 +11,7 @@ from ..data.dataset import JobDataset
 from ..errors import UserError
 from ..lora.autograd import Backend
 from ..lora.bank import LinearLayout
+from ..mcore.gpu import claim_gpu
 from ..models.projections import row_of_projection, row_projection, target_linears
 from ..scheduler.options import PlanOptions
 from ..types import ModelSpec, Topology
@@ -55,6 +56,8 @@ def prepare(run: RunConfig) -> Prepared:
         UserError: whatever is wrong.
     """
     device = choose_device(run)
+    if device == "cuda":
+        claim_gpu()
     transformer_impl, reason = choose_transformer(run, device)
     backend = choose_backend(run, device)
     padding = math.lcm(run.runtime.padding_multiple or 1, backend.tile)

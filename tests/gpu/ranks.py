@@ -32,6 +32,24 @@ def train_and_watch(words: list[str], out: str) -> int:
     return status
 
 
+def fail_on_the_last_rank(words: list[str]) -> int:
+    """Train, but the last rank raises at its second optimizer step, with the others in the middle of messages."""
+    import os
+
+    from lorafusion_megatron.cli.main import main
+    from lorafusion_megatron.training.trainer import Trainer
+
+    original = Trainer._on_applied
+
+    def failing(self: Any, index: int, step: int) -> Any:
+        if os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1) and step == 2:
+            raise ValueError("a fault of the second step")
+        return original(self, index, step)
+
+    Trainer._on_applied = failing  # type: ignore[method-assign]
+    return main(["train", *words])
+
+
 def bf16_oracle(folder: str, out: str) -> None:
     """The oracle's training with the base model in bf16: how far bf16 alone takes PEFT from its own fp32 result."""
     import transformers

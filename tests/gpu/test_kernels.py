@@ -1,5 +1,6 @@
 """The kernels on a GPU: accuracy in every dtype, poisoned buffers, determinism, CUDA graphs, masks."""
 
+import os
 import random
 import sys
 from dataclasses import replace
@@ -21,6 +22,9 @@ from lorafusion_megatron.kernels import dropout
 from lorafusion_megatron.lora.triton_backend import TritonBackend
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ROUTINGS = int(os.environ.get("LORAFUSION_GPU_ROUTINGS", "200"))
+"""Random routings to try; ten thousand before a release."""
+AT_ONCE = 50
 
 
 @pytest.mark.parametrize("strategy", ["hopper", "fused", "expand"])
@@ -41,6 +45,26 @@ def test_error_is_that_of_eager(seed, dtype, strategy):
         ranks=rng.choice([[16], [1, 3, 5], [8, 16, 64, 100, 256]]),
     )
     assert worst_ratio(TritonBackend(strategy=strategy), case) <= 1.5
+
+
+@pytest.mark.parametrize("block", range(-(-ROUTINGS // AT_ONCE)))
+def test_random_routings(block):
+    backends = {strategy: TritonBackend(strategy=strategy) for strategy in ("hopper", "fused", "expand")}
+    for seed in range(block * AT_ONCE, min(ROUTINGS, (block + 1) * AT_ONCE)):
+        rng = random.Random(1000 + seed)
+        case = random_case(
+            seed,
+            tokens=rng.randint(1, 1500),
+            size=(8 * rng.randint(2, 64), 8 * rng.randint(2, 64)),
+            slots=rng.randint(1, 20),
+            dtype=rng.choice(DTYPES),
+            device="cuda",
+            projections=rng.choice([1, 1, 2, 3]),
+            bias=rng.random() < 0.3,
+            feature_offset=2 * rng.randint(0, 99),
+            ranks=rng.choice([[1, 2, 3], [8, 16], [5, 16, 40, 100]]),
+        )
+        assert worst_ratio(backends[rng.choice(list(backends))], case) <= 1.5, seed
 
 
 def test_llama_shape():

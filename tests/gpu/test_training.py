@@ -1,6 +1,7 @@
 """Training on GPUs: the oracle in fp32 and bf16, no waiting for the device, bounded memory, no deadlock."""
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,14 @@ def test_reductions_never_lock_up_against_messages_with_one_hardware_queue(case,
     """All streams of a GPU share one queue here: a reduction that waited in front of a message would wait forever."""
     error = _train(case, tmp_path / "o", 2, "auto", "float32", model, CUDA_DEVICE_MAX_CONNECTIONS="1")
     assert measured(error) <= TOLERANCE
+
+
+@two_gpus
+def test_a_rank_that_fails_says_why_and_ends_while_another_waits_for_its_messages(case, tmp_path):
+    words = [str(case.run_file), f"checkpoint.save={tmp_path / 'o'}", "model.pipeline_model_parallel_size=2"]
+    finished = launch.Ranks(ranks.fail_on_the_last_rank, (words,), world=2, folder=tmp_path / "logs").wait()
+    assert finished.statuses[1] not in (0, -signal.SIGALRM)
+    assert "a fault of the second step" in finished.outputs[1]
 
 
 @pytest.mark.parametrize("world", [1, pytest.param(2, marks=two_gpus)])

@@ -264,3 +264,17 @@ def test_rows_that_start_off_a_copys_alignment():
     shifted.copy_(case.x)
     assert shifted.data_ptr() % 16 != 0
     assert worst_ratio(backend(), Case(**{**vars(case), "x": shifted})) <= 1.5
+
+
+def test_adapters_on_another_device_are_refused():
+    case = random_case(3, tokens=70, size=(16, 24), slots=2)
+    for slot, adapter in case.adapters.by_slot.items():
+        case.adapters.by_slot[slot] = replace(adapter, a=adapter.a.to("meta"))
+    routing = build_routing(
+        [RoutedSegment(slot=next(iter(case.adapters.by_slot)), start=0, stop=70)],
+        num_tokens=70,
+        tile=64,
+        row_keys=random_keys(70, 1),
+    )
+    with pytest.raises(ValueError, match="on meta, a backend for cpu"):
+        backend().forward(case.x, case.weight, None, case.adapters, routing)

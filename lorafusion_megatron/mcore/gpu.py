@@ -1,0 +1,35 @@
+"""This rank's GPU."""
+
+import os
+
+import torch
+
+from ..errors import UserError
+
+
+def claim_gpu() -> torch.device:
+    """Make this rank's GPU the current one, before anything is made on a GPU.
+
+    What is made on "cuda" before that (streams, events, tables) lies on the first GPU, whatever the rank: kernels of
+    another one can't use it, and every rank takes memory there.
+
+    Returns:
+        The device with its index: ``LOCAL_RANK``, or 0 where each rank is shown one GPU alone, as SLURM binds them.
+
+    Raises:
+        UserError: this host has fewer GPUs than ranks.
+    """
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if count == 1 and os.environ.get("CUDA_VISIBLE_DEVICES"):
+        local = 0
+    if local >= count:
+        raise UserError(
+            f"rank {local} of this host (counted from 0) and {count} GPUs",
+            rule="every rank needs a GPU of its own",
+            remedy="start as many ranks a host as it has GPUs (torchrun --nproc-per-node), or look at "
+            "CUDA_VISIBLE_DEVICES",
+            key="LOCAL_RANK",
+        )
+    device = torch.device("cuda", local)
+    torch.cuda.set_device(device)
+    return device
