@@ -8,7 +8,7 @@ _GOLDEN = tl.constexpr(0x9E3779B9)
 _M1 = tl.constexpr(0x7FEB352D)
 _M2 = tl.constexpr(0x846CA68B)
 _M3 = tl.constexpr(0xC2B2AE35)
-_PACKED = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
+NVIDIA = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
 """Whether NVIDIA's instructions are to be had: not on AMD and not in the interpreter."""
 
 
@@ -50,7 +50,7 @@ def keep_where(signs, z):
     Note: 16-bit types go two to a register: a byte permutation spreads both sign bits and one AND masks both; a
     select per element takes twice as many instructions, and the passes over X are bound by these.
     """
-    if _PACKED and z.dtype.primitive_bitwidth == 16:
+    if NVIDIA and z.dtype.primitive_bitwidth == 16:
         return tl.inline_asm_elementwise(
             "{ .reg .b32 m; prmt.b32 m, $2, $3, 0xFFBB; and.b32 $0, $1, m; }",
             "=r,r,r,r",
@@ -69,7 +69,7 @@ def computed_once(z):
     Note: Triton moves a change of layout in front of element-wise operations, which copies all of them, loads
     included, for every layout that a result is needed in.
     """
-    if _PACKED and z.dtype.primitive_bitwidth == 16:
+    if NVIDIA and z.dtype.primitive_bitwidth == 16:
         return tl.inline_asm_elementwise(
             "mov.b32 $0, $1;", "=r,r", [z], dtype=z.dtype, is_pure=False, pack=2
         )  # fmt: skip

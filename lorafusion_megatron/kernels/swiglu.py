@@ -14,7 +14,7 @@ import triton.language as tl
 from .dy_pass import sum_strips
 from .factor_grad import add_gradient
 from .launch import Launcher, power_of_two
-from .masks import computed_once, keep_signs, keep_where, load_keys
+from .masks import NVIDIA, computed_once, keep_signs, keep_where, load_keys
 from .overlap import await_predecessor, launch_options
 from .tables import (
     CHUNK_FIELDS,
@@ -32,6 +32,21 @@ from .tables import (
 
 @triton.jit
 def _sigmoid(x):
+    """``1 / (1 + exp(-x))`` of fp32, to 2 units in the last place where it is not tiny.
+
+    Note: Triton's exponential and division guard denormal numbers and ranges that don't occur here, 8 instructions
+    of the 50 that an element takes.
+    """
+    if NVIDIA:
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 e; mul.f32 e, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 e, e; add.f32 e, e, 0f3F800000; "
+            "rcp.approx.ftz.f32 $0, e; }",  # the first number is -log2(e), the second 1
+            "=f,f",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
     return 1.0 / (1.0 + tl.exp(-x))
 
 

@@ -63,14 +63,23 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceRates:
-    """What a device reaches on this kind of work; the defaults are an H100's in bfloat16."""
+    """What a device reaches on this kind of work; the defaults are an H100's in bfloat16.
 
-    linear_flops: float = 600e12
-    """Large matrix products, flop/s."""
+    Note: read off profiles of training Qwen2.5 32B's and Llama 3.1 8B's shapes, at the clock that the card's power
+    limit leaves then (docs/benchmarks.md).
+    """
+
+    linear_flops: float = 690e12
+    """The linears of a block, flop/s."""
+    output_flops: float = 750e12
+    """The output layer, flop/s."""
     attention_flops: float = 400e12
     """Flash attention forward, flop/s; its backward does 2.5 times the work at the same rate."""
-    memory_bytes: float = 2.6e12
+    memory_bytes: float = 2.4e12
     """Reads and writes of device memory, byte/s."""
+    adapter_bytes: float = 0.85e12
+    """Bytes of the linears' inputs and outputs that the adapters' passes take, byte/s, with what the products lose to
+    the adapters' part in them: 0.66e12 in the one model and 1.1e12 in the other, nearly the same for ranks up to 32."""
     launch_seconds: float = 4e-6
     """Per kernel."""
     stage_seconds: float = 150e-6
@@ -147,7 +156,8 @@ def default_cost_model(spec: ModelSpec, *, tensor_parallel: int = 1, device: Dev
 
     Per token and layer the linears take ``2 * parameters`` flop forward and as much backward; causal attention
     takes ``2 * heads * head_dim * L^2`` forward and 2.5 times that backward; the output layer ``2 * hidden * vocab``
-    each way plus about three fp32 passes over the logits.
+    each way and three bytes of a logit. Adapters on all linears of a block read the linears' inputs twice a direction
+    and their outputs once. The output layer has none.
 
     Args:
         spec: the base model.
@@ -163,11 +173,18 @@ def default_cost_model(spec: ModelSpec, *, tensor_parallel: int = 1, device: Dev
     device = device or DeviceRates()
     hidden, width = spec.hidden_size, spec.num_attention_heads * spec.head_dim
     groups = spec.num_query_groups * spec.head_dim
-    parameters = hidden * (2 * width + 2 * groups) + 3 * hidden * spec.ffn_hidden_size
-    # Norms, rotary embedding, activation and LoRA's passes read and write about 40 hidden-sized bf16 rows a token.
-    linear = (2 * parameters / device.linear_flops + 80 * hidden / device.memory_bytes) / tensor_parallel
+    features = spec.ffn_hidden_size
+    parameters = hidden * (2 * width + 2 * groups) + 3 * hidden * features
+    inputs = 2 * hidden + width + features
+    outputs = width + 2 * groups + 2 * features + 2 * hidden
+    linear = (
+        2 * parameters / device.linear_flops
+        # Norms, rotary embedding and additions: 30 hidden rows a direction; SwiGLU: 3 and 5 of its features.
+        + (60 * hidden + 8 * features) / device.memory_bytes
+        + (2 * inputs + outputs) / device.adapter_bytes
+    ) / tensor_parallel
     square = 2 * width / device.attention_flops / tensor_parallel
-    output = (2 * hidden / device.linear_flops + 12 / device.memory_bytes) * spec.vocab_size / tensor_parallel
+    output = (2 * hidden / device.output_flops + 3 / device.memory_bytes) * spec.vocab_size / tensor_parallel
     common = {"fixed": device.stage_seconds, "layer_token": linear, "output_token": output}
     return CostModel(
         forward=Rates(**common, layer_fixed=20 * device.launch_seconds, layer_square=square),

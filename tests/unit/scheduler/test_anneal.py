@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from lorafusion_megatron.scheduler import anneal, settle
 from lorafusion_megatron.scheduler.build import build_schedule
+from lorafusion_megatron.scheduler.cost import CostModel, Rates
 from lorafusion_megatron.scheduler.options import PlanOptions
 from lorafusion_megatron.scheduler.report import report_plan
 from lorafusion_megatron.scheduler.rows import find_step_ends
@@ -145,7 +147,15 @@ def test_streams_that_idle_more_than_three_percent_are_annealed_long_if_asked_fo
 def test_streams_that_the_long_annealing_leaves_alone_are_as_before_it_was_made(
     batch: int, stages: int, digest: str
 ) -> None:
-    # The digests were taken one version earlier; the first stream is annealed shortly.
-    schedule = build_schedule(_uneven_jobs(24, batch), PlanOptions(token_capacity=4096, stages=stages, effort="high"))
+    # The digests were taken one version earlier, with these rates; the first stream is annealed shortly.
+    token = 2 * 218103808 / 600e12 + 80 * 4096 / 2.6e12
+    output = (2 * 4096 / 600e12 + 12 / 2.6e12) * 128256
+    rates = Rates(fixed=150e-6, layer_token=token, output_token=output)
+    cost = CostModel(
+        forward=replace(rates, layer_fixed=20 * 4e-6, layer_square=2 * 4096 / 400e12),
+        backward=replace(rates, layer_fixed=30 * 4e-6, layer_square=2.5 * (2 * 4096 / 400e12)),
+    )
+    options = PlanOptions(token_capacity=4096, stages=stages, effort="high", cost=cost)
+    schedule = build_schedule(_uneven_jobs(24, batch), options)
     stream = [[(s.job, s.step, s.position) for s in microbatch.samples] for microbatch in schedule.replicas[0]]
     assert hashlib.sha256(repr(stream).encode()).hexdigest()[:16] == digest

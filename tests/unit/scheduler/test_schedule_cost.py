@@ -93,13 +93,15 @@ def test_a_broken_saved_model_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_default_rates_follow_the_dimensions() -> None:
-    device = DeviceRates(linear_flops=1e12, attention_flops=1e12, memory_bytes=1e30)
+    device = DeviceRates(
+        linear_flops=1e12, output_flops=2e12, attention_flops=1e12, memory_bytes=1e30, adapter_bytes=1e30
+    )
     cost = default_cost_model(REFERENCE_MODEL, device=device)
     parameters = 4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336
     assert cost.forward.layer_token == pytest.approx(2 * parameters / 1e12)
     assert cost.forward.layer_square == pytest.approx(2 * 4096 / 1e12)
     assert cost.backward.layer_square == pytest.approx(5 * 4096 / 1e12)
-    assert cost.forward.output_token == pytest.approx(2 * 4096 * 128256 / 1e12)
+    assert cost.forward.output_token == pytest.approx(2 * 4096 * 128256 / 2e12)
     halved = default_cost_model(REFERENCE_MODEL, tensor_parallel=2, device=device)
     assert halved.forward.layer_token == pytest.approx(cost.forward.layer_token / 2)
 
