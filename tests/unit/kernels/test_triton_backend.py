@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from triton.runtime.errors import OutOfResources
 
 from lorafusion_megatron.integrations.peft import fuse
-from lorafusion_megatron.kernels import masks, tuning
+from lorafusion_megatron.kernels import masks
 from lorafusion_megatron.kernels.tuning import EXPAND, Tuner
 from lorafusion_megatron.lora import triton_backend
 from lorafusion_megatron.lora.reference import TorchBackend
@@ -171,10 +171,10 @@ def test_a_peft_model_draws_new_masks_in_every_step():
 
 
 def test_a_product_that_has_no_room_falls_back_to_expand(monkeypatch):
-    def refuse(run):
+    def refuse(*_, **__):
         raise OutOfResources(300_000, 232_448, "shared memory")
 
-    monkeypatch.setattr(tuning, "_median_ms", refuse)
+    monkeypatch.setattr(triton_backend, "product", refuse)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     case = random_case(29, tokens=100, size=(64, 48), slots=2, dtype=torch.float16, ranks=[4])
     mine = backend("fused")

@@ -24,16 +24,49 @@ def problem(**changes) -> Problem:
 
 @pytest.fixture
 def milliseconds(monkeypatch) -> dict[str, float]:
-    """Times by the name that a candidate returns; the order of measurement is recorded under 'asked'."""
-    times: dict = {"asked": []}
-
-    def fake(run) -> float:
-        name = run()
-        times["asked"].append(name)
-        return times[name]
-
-    monkeypatch.setattr(tuning, "_median_ms", fake)
+    """Times by the name that a candidate returns."""
+    times: dict[str, float] = {}
+    monkeypatch.setattr(tuning, "_median_ms", lambda runs: {name: times[run()] for name, run in runs.items()})
     return times
+
+
+class Gpu:
+    """Stands in for torch.cuda: work is done as it is queued, and a run moves the clock."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def synchronize(self):
+        pass
+
+    def _sleep(self, cycles):
+        assert cycles > 0
+
+    def Event(self, *, enable_timing):
+        gpu = self
+
+        class Event:
+            def record(self):
+                self.at = gpu.now
+
+            def elapsed_time(self, end):
+                return end.at - self.at
+
+        return Event()
+
+
+def test_candidates_run_in_turn_and_the_first_rounds_do_not_count(monkeypatch):
+    gpu, order = Gpu(), []
+    monkeypatch.setattr(tuning.torch, "cuda", gpu)
+
+    def run(name, milliseconds):
+        order.append(name)
+        slow_start = 5.0 if len(order) <= 2 * tuning.WARM_ROUNDS else 1.0
+        gpu.now += milliseconds * slow_start
+
+    times = tuning._median_ms({"a": lambda: run("a", 2.0), "b": lambda: run("b", 3.0)})
+    assert times == pytest.approx({"a": 2.0, "b": 3.0})
+    assert order == ["a", "b"] * tuning.ROUNDS
 
 
 def candidates(*names: str) -> dict:
