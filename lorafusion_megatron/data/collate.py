@@ -48,29 +48,32 @@ class PackedBatch:
         return len(self.input_ids)
 
 
+def num_rows(microbatch: Microbatch, padding_multiple: int, row_multiple: int) -> int:
+    """Rows of a packed microbatch, by the multiples of `collate`; a no-op microbatch is one sequence of zeros."""
+    return padded(microbatch.padded_tokens(padding_multiple) or padding_multiple, row_multiple)
+
+
 def collate(
     microbatch: Microbatch,
     datasets: Mapping[int, JobDataset],
     padding_multiple: int,
     *,
-    min_tokens: int = 1,
     row_multiple: int = 1,
 ) -> PackedBatch:
     """Pack the samples of a microbatch one after the other.
 
     Args:
-        microbatch: what to pack; empty for a no-op microbatch.
+        microbatch: what to pack; empty for a no-op microbatch, whose weights are 0.
         datasets: job index -> its rows.
         padding_multiple: each job's rows are padded up to a multiple of this (the LoRA kernel's tile).
-        min_tokens: least rows of a no-op microbatch, which is one sequence of zeros with weight 0.
         row_multiple: T is rounded up to a multiple of this (sequence parallelism needs the tensor-parallel size).
 
     Raises:
         ValueError: a sample is not the row that the data set holds.
     """
     segments = microbatch.segments(padding_multiple)
-    used = segments[-1].stop if segments else max(min_tokens, padding_multiple)
-    total = padded(used, row_multiple)
+    used = segments[-1].stop if segments else padding_multiple
+    total = num_rows(microbatch, padding_multiple, row_multiple)
     input_ids, labels = np.zeros(total, dtype=np.int64), np.zeros(total, dtype=np.int64)
     weights = np.zeros(total, dtype=np.float32)
     begin = {segment.job: segment.start for segment in segments}

@@ -36,12 +36,13 @@ def transformer_config(spec: ModelSpec, topology: Topology, options: BuildOption
 
     Note: ``variable_seq_lengths`` is refused with the default MoE dispatcher even for dense models, hence
     "alltoall". ``calculate_per_token_loss`` makes the schedule use the loss as it is given, without dividing by
-    the number of microbatches. ``overlap_p2p_comm`` goes with interleaving because without it two stages mix up
-    messages (previous and next peer are the same rank). ``batch_p2p_sync`` would stop the host at every message; it
-    guards against a race of PyTorch before 1.12.
+    the number of microbatches. ``overlap_p2p_comm`` would ask for messages before they are needed: a GPU may have to
+    be idle for a kernel to be loaded, and where two hosts each load one while their GPUs wait for what the other has
+    not sent yet, both wait for ever (seen on two H100s). Without it Megatron's own communicator mixes up the messages
+    of two stages, whose previous and next peers are the same rank; `p2p.PlannedCommunicator` does not.
+    ``batch_p2p_sync`` would stop the host at every message; it guards against a race of PyTorch before 1.12.
     """
     on_gpu = options.device.type == "cuda"
-    interleaved = topology.virtual_pipeline is not None
     full = options.recompute_granularity == "full"
     return TransformerConfig(
         num_layers=spec.num_layers,
@@ -74,8 +75,8 @@ def transformer_config(spec: ModelSpec, topology: Topology, options: BuildOption
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         deallocate_pipeline_outputs=True,
-        overlap_p2p_comm=interleaved,
-        batch_p2p_comm=not interleaved,
+        overlap_p2p_comm=False,
+        batch_p2p_comm=True,
         batch_p2p_sync=False,
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,

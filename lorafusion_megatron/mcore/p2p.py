@@ -116,15 +116,6 @@ class PlannedCommunicator(P2PCommunicator):
         self._gradients = iter(inner if last else everything)
         self._sent = {"next": iter(everything), "prev": iter(everything)}
 
-    def _communicate_shapes(
-        self, tensor_send_next: Any, tensor_send_prev: Any, recv_prev: bool, recv_next: bool
-    ) -> tuple[list[int], list[int]]:
-        """Shapes of the next messages from both sides, as the plan has them."""
-        return (
-            self._shape(next(self._forwards)) if recv_prev else [0, 0, 0],
-            self._shape(next(self._gradients)) if recv_next else [0, 0, 0],
-        )
-
     def _communicate(
         self,
         *,
@@ -135,39 +126,55 @@ class PlannedCommunicator(P2PCommunicator):
         tensor_shape: Any,
         wait_on_reqs: bool = True,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, Any]:
-        """Send to and receive from both sides at once; without mail it is Megatron's own exchange."""
-        if self.mail is None:
-            return super()._communicate(
-                tensor_send_next=tensor_send_next,
-                tensor_send_prev=tensor_send_prev,
-                recv_prev=recv_prev,
-                recv_next=recv_next,
-                tensor_shape=tensor_shape,
-                wait_on_reqs=wait_on_reqs,
-            )
-        mail, ops = self.mail, []
+        """Send to and receive from both sides at once.
+
+        Note: with model chunks on two stages both sides are one rank, which matches messages by their order alone:
+        what goes forward is sent and received before what goes backward.
+        """
+        sends: list[dist.P2POp] = []
+        receives: list[dist.P2POp] = []
         from_prev = from_next = None
-        if tensor_send_prev is not None:
-            position = next(self._sent["prev"])
-            ops += self._ops(dist.isend, self.prev_rank, tensor_send_prev, mail.upward(position))
-        if recv_prev:
-            position = next(self._forwards)
-            from_prev, totals = self._empty(position), mail.buffer(position - mail.stages)
-            ops += self._ops(dist.irecv, self.prev_rank, from_prev, totals)
-            if totals is not None:
-                mail.from_before(position, totals)
         if tensor_send_next is not None:
             position = next(self._sent["next"])
-            ops += self._ops(dist.isend, self.next_rank, tensor_send_next, mail.downward(position))
+            sends += self._ops(dist.isend, self.next_rank, tensor_send_next, self._downward(position))
+        if tensor_send_prev is not None:
+            position = next(self._sent["prev"])
+            sends += self._ops(dist.isend, self.prev_rank, tensor_send_prev, self._upward(position))
+        if recv_prev:
+            position = next(self._forwards)
+            from_prev = self._empty(position)
+            receives += self._ops(dist.irecv, self.prev_rank, from_prev, self._from_before(position))
         if recv_next:
             position = next(self._gradients)
-            from_next, partial = self._empty(position), mail.buffer(position)
-            ops += self._ops(dist.irecv, self.next_rank, from_next, partial)
-            if partial is not None:
-                mail.from_behind(position, partial)
-        for work in dist.batch_isend_irecv(ops) if ops else ():
+            from_next = self._empty(position)
+            receives += self._ops(dist.irecv, self.next_rank, from_next, self._from_behind(position))
+        for work in dist.batch_isend_irecv([*sends, *receives]) if sends or receives else ():
             work.wait()
         return from_prev, from_next, None
+
+    def _downward(self, position: int) -> torch.Tensor | None:
+        return None if self.mail is None else self.mail.downward(position)
+
+    def _upward(self, position: int) -> torch.Tensor | None:
+        return None if self.mail is None else self.mail.upward(position)
+
+    def _from_before(self, position: int) -> torch.Tensor | None:
+        """Room for the totals that come with the activations of ``position``."""
+        if self.mail is None:
+            return None
+        totals = self.mail.buffer(position - self.mail.stages)
+        if totals is not None:
+            self.mail.from_before(position, totals)
+        return totals
+
+    def _from_behind(self, position: int) -> torch.Tensor | None:
+        """Room for the sums that come with the gradient of ``position``."""
+        if self.mail is None:
+            return None
+        sums = self.mail.buffer(position)
+        if sums is not None:
+            self.mail.from_behind(position, sums)
+        return sums
 
     def _ops(self, kind: Any, peer: int | None, *tensors: torch.Tensor | None) -> list[dist.P2POp]:
         return [dist.P2POp(kind, tensor, peer, self.pp_group) for tensor in tensors if tensor is not None]

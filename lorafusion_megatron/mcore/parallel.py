@@ -99,8 +99,13 @@ def join(*, device: torch.device, timeout_minutes: float) -> Groups:
     Args:
         device: where this rank's model is.
         timeout_minutes: of the groups that are added here.
+
+    Note: NCCL makes a communicator when it is first used, and a rank then waits for the others. Made in the middle of a
+    window, with messages under way that another rank waits for, that can lock up; so all are made here.
     """
     timeout = timedelta(minutes=timeout_minutes)
+    if device.type == "cuda":
+        _make_communicators(device)
     return Groups(
         tensor=parallel_state.get_tensor_model_parallel_group(),
         data=parallel_state.get_data_parallel_group(),
@@ -116,6 +121,19 @@ def join(*, device: torch.device, timeout_minutes: float) -> Groups:
         dp_size=parallel_state.get_data_parallel_world_size(),
         device=device,
     )
+
+
+def _make_communicators(device: torch.device) -> None:
+    """Use every group that training reduces over or sends within once."""
+    for group in (
+        parallel_state.get_tensor_model_parallel_group(),
+        parallel_state.get_pipeline_model_parallel_group(),
+        parallel_state.get_data_parallel_group(),
+        parallel_state.get_model_parallel_group(),
+    ):
+        if group.size() > 1:
+            dist.all_reduce(torch.zeros(1, device=device), group=group)
+    torch.cuda.synchronize(device)
 
 
 def stop(*, failed: bool = False) -> None:

@@ -104,24 +104,13 @@ class StreamRunner:
 
     def _pass(self, window: Window, iterators: Sequence[Iterator[Any]], first: int, count: int) -> None:
         """One call of Megatron's schedule; steps that it leaves pending are applied."""
-        extra: dict[str, Any] = {}
         group = parallel_state.get_pipeline_model_parallel_group()
+        replica = window.schedule.replicas[parallel_state.get_data_parallel_rank()]
         mail = None
-        if group.size() > 1:
-            config = get_model_config(self.chunks[0])
-            shards = parallel_state.get_tensor_model_parallel_world_size() if config.sequence_parallel else 1
-            replica = window.schedule.replicas[parallel_state.get_data_parallel_rank()]
-            if any(isinstance(steps, DeviceSteps) and steps.by_mail for steps in self.steps.values()):
-                mail = NormMail(group, window.num_ends, next(self.chunks[0].parameters()).device)
-            communicator = PlannedCommunicator(
-                group,
-                config,
-                rows=lambda position: window.rows(position, replica, shards) // shards,
-                num_microbatches=count,
-                chunks=len(self.chunks),
-                mail=mail,
-            )
-            extra = {"p2p_communicator": communicator, "pg_collection": _process_groups()}
+        if any(isinstance(steps, DeviceSteps) and steps.by_mail for steps in self.steps.values()):
+            mail = NormMail(group, window.num_ends, next(self.chunks[0].parameters()).device)
+        shards = self._row_shards()
+        planned = self._planned(lambda position: window.rows(position, replica, shards), count, mail)
         window.begin(first, count, len(self.chunks), mail)
         get_forward_backward_func()(
             forward_step_func=window.forward_step,
@@ -131,12 +120,39 @@ class StreamRunner:
             seq_length=window.schedule.token_capacity,
             micro_batch_size=1,
             forward_only=False,
-            **extra,
+            **planned,
         )
         window.finish(count)
         for job, steps in self.steps.items():
             if steps.pending:
                 self.apply(job)
+
+    def _planned(self, rows: Callable[[int], int], count: int, mail: NormMail | None) -> dict[str, Any]:
+        """What Megatron's schedules take so that messages have planned shapes.
+
+        Args:
+            rows: position -> rows of its microbatch.
+            count: positions of the pass.
+            mail: rides with the messages.
+        """
+        group = parallel_state.get_pipeline_model_parallel_group()
+        if group.size() == 1:
+            return {}
+        shards = self._row_shards()
+        communicator = PlannedCommunicator(
+            group,
+            get_model_config(self.chunks[0]),
+            rows=lambda position: rows(position) // shards,
+            num_microbatches=count,
+            chunks=len(self.chunks),
+            mail=mail,
+        )
+        return {"p2p_communicator": communicator, "pg_collection": _process_groups()}
+
+    def _row_shards(self) -> int:
+        """Ranks among which sequence parallelism splits the rows of what stages send."""
+        sequence_parallel = get_model_config(self.chunks[0]).sequence_parallel
+        return parallel_state.get_tensor_model_parallel_world_size() if sequence_parallel else 1
 
     def _poll(self, *, wait: bool = False) -> None:
         """Hand on the reports of steps that were decided on the device."""
@@ -147,13 +163,13 @@ class StreamRunner:
 
     @torch.no_grad()
     def evaluate(
-        self, batches: Callable[[], Iterator[DeviceBatch]], num_microbatches: int, token_capacity: int
+        self, batches: Callable[[], Iterator[DeviceBatch]], rows: Sequence[int], token_capacity: int
     ) -> dict[int, torch.Tensor]:
         """Forward only: per job the sum of its weighted cross-entropy on this rank (last stage; else nothing).
 
         Args:
             batches: makes an iterator over this replica's microbatches; called once a model chunk.
-            num_microbatches: how many it yields.
+            rows: of each of them.
             token_capacity: rows of the largest.
         """
         sums: dict[int, torch.Tensor] = {}
@@ -179,10 +195,11 @@ class StreamRunner:
             forward_step_func=forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=num_microbatches,
+            num_microbatches=len(rows),
             seq_length=token_capacity,
             micro_batch_size=1,
             forward_only=True,
+            **self._planned(rows.__getitem__, len(rows), None),
         )
         return sums
 

@@ -162,8 +162,10 @@ def test_validation_is_the_training_loss_of_the_next_step_without_dropout(tmp_pa
         job["eval"] = {"path": job["dataset"]["path"], "interval": 2}
         job["scheduler"] = {"lr_decay_style": "constant"}
     run_file = tiny.write_run(tmp_path, [plain, noisy])
-    for world, words in ((1, []), (2, PP2), (2, [])):
-        out = tmp_path / f"out{world}{len(words)}"
+    interleaved = [*PP2, "model.virtual_pipeline_model_parallel_size=2"]
+    split = ["model.tensor_model_parallel_size=2", "model.sequence_parallel=true"]
+    for number, (world, words) in enumerate([(1, []), (2, PP2), (2, []), (2, interleaved), (2, split)]):
+        out = tmp_path / f"out{number}"
         launch.train(run_file, *words, f"checkpoint.save={out}", world=world)
         evals = {e["step"]: e["loss"] for e in json.loads((out / "plain" / "evals.json").read_text())}
         assert list(evals) == [2, 4, 6]

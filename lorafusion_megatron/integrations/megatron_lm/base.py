@@ -44,10 +44,13 @@ def configure(config: Any) -> None:
 
     ``calculate_per_token_loss`` makes the schedules take the loss as it is, without dividing by the number of
     microbatches; ``variable_seq_lengths`` makes stages tell each other the shape of what they send where no plan does
-    (validation). A base without gradients has none to reduce after the pass.
+    (validation). Messages are exchanged as `build.transformer_config` says. A base without gradients has none to
+    reduce after the pass.
     """
     config.variable_seq_lengths = True
     config.moe_token_dispatcher_type = "alltoall"
+    config.overlap_p2p_comm = False
+    config.batch_p2p_comm = True
     config.batch_p2p_sync = False
     config.calculate_per_token_loss = True
     config.finalize_model_grads_func = nothing_to_finalize

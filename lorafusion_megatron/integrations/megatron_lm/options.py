@@ -176,16 +176,9 @@ def check_options(args: Namespace) -> None:
     """Refuse what can't be obeyed.
 
     Raises:
-        UserError: an option is refused, or the interleaved schedule lacks overlapping sends.
+        UserError: an option is refused.
     """
     for refusal in REFUSALS:
         value = getattr(args, refusal.attribute, None)
         if not refusal.allowed(value):
             raise UserError(f"got {value}", rule=refusal.rule, remedy=refusal.remedy, key=refusal.option)
-    if args.virtual_pipeline_model_parallel_size is not None and not args.overlap_p2p_comm:
-        raise UserError(
-            "the interleaved schedule without overlapping sends",
-            rule="microbatches of different lengths would meet the wrong receive",
-            remedy="remove the option",
-            key="--no-overlap-p2p-communication",
-        )

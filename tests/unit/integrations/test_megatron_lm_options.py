@@ -5,12 +5,14 @@ import shlex
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from lorafusion_megatron.config import load_run
 from lorafusion_megatron.errors import UserError
 from lorafusion_megatron.integrations.megatron_lm import add_arguments
+from lorafusion_megatron.integrations.megatron_lm.base import configure
 from lorafusion_megatron.integrations.megatron_lm.layout import run_with_layout
 from lorafusion_megatron.integrations.megatron_lm.model_options import check_model_options, command_line, model_options
 from lorafusion_megatron.integrations.megatron_lm.options import (
@@ -104,11 +106,13 @@ def test_options_without_effect_are_megatrons_and_told_where_they_were_given(par
     assert without_effect(words) == ["--train-iters", "--lr"]
 
 
-def test_interleaving_without_overlapping_sends_is_refused(parser):
-    interleaved = "--pipeline-model-parallel-size 4 --num-virtual-stages-per-pipeline-rank 2"
-    check_options(parse(parser, interleaved))
-    with pytest.raises(UserError, match=r"^--no-overlap-p2p-communication: "):
-        check_options(parse(parser, f"{interleaved} --no-overlap-p2p-communication"))
+@pytest.mark.parametrize("words", ["", "--no-overlap-p2p-communication"])
+def test_interleaved_stages_never_ask_for_messages_ahead(parser, words):
+    args = parse(parser, f"--pipeline-model-parallel-size 4 --num-virtual-stages-per-pipeline-rank 2 {words}")
+    check_options(args)
+    config = SimpleNamespace(overlap_p2p_comm=args.overlap_p2p_comm, batch_p2p_comm=not args.overlap_p2p_comm)
+    configure(config)
+    assert (config.overlap_p2p_comm, config.batch_p2p_comm) == (False, True)
 
 
 def test_the_printed_options_build_the_base_model(parser, run_file):
