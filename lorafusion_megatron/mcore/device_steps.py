@@ -52,8 +52,8 @@ class DeviceSteps(AdapterSteps):
         job, shard, rule, groups: as in `AdapterSteps`.
         side: stream of the reductions; None: totals come through `settle`, or one stage alone makes them.
 
-    Note: `apply` returns None; its report comes out of `reports` some microbatches later. With data parallelism or
-        model chunks the sums are reduced on ``side`` and on communicators that nothing else uses. A step is a few
+    Note: `apply` returns None; its report comes out of `reports` some microbatches later. With data parallelism the
+        sums are reduced on ``side`` and on communicators that nothing else uses. A step is a few
         kernels over flat buffers: norm, scalars, AdamW, rounding, zeroing.
     """
 
@@ -208,14 +208,12 @@ class DeviceSteps(AdapterSteps):
         return StepReport(job=self.job, step=sent.step, loss=loss, grad_norm=norm, lr=sent.lr, skipped=left_out)
 
 
-def make_steps(job: int, shard: AdapterShard, rule: StepRule, groups: Groups, *, chunks: int = 1) -> AdapterSteps:
+def make_steps(job: int, shard: AdapterShard, rule: StepRule, groups: Groups) -> AdapterSteps:
     """The optimizer steps of a job: on the host on the CPU, on the device on a GPU.
 
     Args:
         job, shard, rule, groups: as in `AdapterSteps`.
-        chunks: model chunks of a stage.
     """
     if groups.device.type != "cuda":
         return AdapterSteps(job, shard, rule, groups)
-    aside = groups.dp_size > 1 or (chunks > 1 and groups.pp_size > 1)
-    return DeviceSteps(job, shard, rule, groups, side=torch.cuda.Stream() if aside else None)
+    return DeviceSteps(job, shard, rule, groups, side=torch.cuda.Stream() if groups.dp_size > 1 else None)

@@ -108,7 +108,8 @@ class StreamRunner:
         replica = window.schedule.replicas[parallel_state.get_data_parallel_rank()]
         mail = None
         if any(isinstance(steps, DeviceSteps) and steps.by_mail for steps in self.steps.values()):
-            mail = NormMail(group, window.num_ends, next(self.chunks[0].parameters()).device)
+            device = next(self.chunks[0].parameters()).device
+            mail = NormMail(group, window.num_ends, device, num_microbatches=count, chunks=len(self.chunks))
         shards = self._row_shards()
         planned = self._planned(lambda position: window.rows(position, replica, shards), count, mail)
         window.begin(first, count, len(self.chunks), mail)
@@ -122,7 +123,7 @@ class StreamRunner:
             forward_only=False,
             **planned,
         )
-        window.finish(count)
+        window.finish()
         for job, steps in self.steps.items():
             if steps.pending:
                 self.apply(job)

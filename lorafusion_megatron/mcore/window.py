@@ -172,8 +172,9 @@ class Window:
             batch = self._noop
         if not batch.jobs:
             self._empty.add(position)
-        if self._mail is not None and position - self._mail.stages >= self._first:
-            self._settle(position - self._mail.stages)
+        if self._mail is not None and chunk == 0:
+            for ended in self._mail.carried(position - self._first):
+                self._settle(self._first + ended)
         for job, steps in self._steps.items():
             if steps.pending and (job in batch.jobs or steps.ready):
                 self._apply(job)
@@ -206,12 +207,12 @@ class Window:
             if self._mail.stage == 0:
                 self._settle(position)
 
-    def finish(self, count: int) -> None:
+    def finish(self) -> None:
         """The pass is over: every stage learns the totals that no message carried."""
         if self._mail is not None:
-            self._mail.collect(count)
-            for position in range(max(self._first, self._first + count - self._mail.stages), self._first + count):
-                self._settle(position)
+            self._mail.collect()
+            for ended in self._mail.left:
+                self._settle(self._first + ended)
 
     def result(self, started: Mark, stopped: Mark) -> WindowResult:
         """Times of everything that ran; waits for the device."""

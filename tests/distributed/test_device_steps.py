@@ -9,11 +9,13 @@ from lorafusion_megatron.training.signals import EXIT_STOPPED
 from tests import launch
 from tests.oracle.case import TOLERANCE, OracleCase, make_case
 
+INTERLEAVED = ["model.virtual_pipeline_model_parallel_size=2"]
 LAYOUTS = {
     "one process": (1, []),
     "PP2": (2, ["model.pipeline_model_parallel_size=2"]),
     "PP4": (4, ["model.pipeline_model_parallel_size=4"]),
     "PP2 flushed": (2, ["model.pipeline_model_parallel_size=2", "runtime.schedule=sequential"]),
+    "PP2 of 2 chunks": (2, [*INTERLEAVED, "model.pipeline_model_parallel_size=2"]),
     "PP2 TP2": (4, ["model.pipeline_model_parallel_size=2", "model.tensor_model_parallel_size=2"]),
 }
 
@@ -29,7 +31,7 @@ def train_on_device(words: list[str], stop_at_vote: int | None = None) -> int:
     import lorafusion_megatron.training.rack as rack
     from lorafusion_megatron.mcore.device_steps import DeviceSteps
 
-    rack.make_steps = lambda job, shard, rule, groups, chunks=1: DeviceSteps(job, shard, rule, groups)
+    rack.make_steps = lambda job, shard, rule, groups: DeviceSteps(job, shard, rule, groups)
     if stop_at_vote is not None and os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
         from lorafusion_megatron.training.signals import StopRequest
 
@@ -56,7 +58,7 @@ def test_kept_steps_come_with_their_losses(case, tmp_path):
         assert len(list(job.glob("step_*"))) >= 6
 
 
-@pytest.mark.parametrize("layout", ["PP2", "PP2 flushed"])
+@pytest.mark.parametrize("layout", ["PP2", "PP2 flushed", "PP2 of 2 chunks"])
 def test_a_stop_inside_a_window_drains_the_mail_and_a_resume_ends_where_an_unbroken_run_does(case, tmp_path, layout):
     world, words = LAYOUTS[layout]
     words = [str(case.run_file), *words]

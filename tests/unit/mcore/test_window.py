@@ -53,40 +53,62 @@ class _Group:
 
 
 class _Stage:
-    """One stage of 1F1B that passes mail by hand: it adds 10^stage, so that a total shows who is in it."""
+    """One stage that passes mail by hand: it adds 10^stage, so that a total shows who is in it."""
 
-    def __init__(self, stage: int, stages: int, count: int, ends: dict[int, int]) -> None:
-        self.stage, self.stages, self.ends = stage, stages, ends
-        self.mail = NormMail(_Group(stage, stages), lambda p: ends.get(p, 0), torch.device("cpu"))
-        self.ops = list(Pipeline(stages=stages).order(stage, count))
+    def __init__(self, stage: int, pipeline: Pipeline, count: int, ends: dict[int, int]) -> None:
+        self.stage, self.pipeline, self.ends = stage, pipeline, ends
+        self.mail = NormMail(
+            _Group(stage, pipeline.stages),
+            lambda p: ends.get(p, 0),
+            torch.device("cpu"),
+            num_microbatches=count,
+            chunks=pipeline.virtual_stages,
+        )
+        self.ops = list(pipeline.order(stage, count))
         self.totals: dict[int, torch.Tensor] = {}
+        self.first_forward: dict[int, int] = {}
+        """Position -> first position whose first chunk ran forward here with its total known."""
+
+    def _piece(self, op) -> int:
+        return op.chunk * self.pipeline.stages + self.stage
 
     def source(self) -> tuple[str, int, int] | None:
         """The message that the next op waits for; None where it needs none."""
         op = self.ops[0]
-        edge = self.stage == (self.stages - 1 if op.backward else 0)
-        return None if edge else ("up" if op.backward else "down", self.stage, op.microbatch)
+        edge = self._piece(op) == (self.pipeline.chunks - 1 if op.backward else 0)
+        return None if edge else ("up" if op.backward else "down", self._piece(op), op.microbatch)
 
     def run(self, message: torch.Tensor | None) -> tuple[tuple[str, int, int], torch.Tensor | None]:
         """Run the next op; (where its message goes, what rides with it)."""
-        op, mail = self.ops.pop(0), self.mail
-        position = op.microbatch
-        if message is not None:
-            (mail.from_behind if op.backward else mail.from_before)(position, message)
+        op, mail, last = self.ops.pop(0), self.mail, self.stage == self.pipeline.stages - 1
+        position, piece = op.microbatch, self._piece(op)
+        if op.chunk == 0 and not (last if op.backward else self.stage == 0):
+            room = (mail.from_behind if op.backward else mail.from_before)(position)
+            assert (room is None) == (message is None)
+            if room is not None:
+                room.copy_(message)
+        else:
+            assert message is None
         if not op.backward:
-            if self.ends.get(position - self.stages):
-                self.totals[position - self.stages] = mail.total(position - self.stages)
-            return ("down", self.stage + 1, position), mail.downward(position)
-        if self.ends.get(position):
+            if op.chunk == 0:
+                for ended in mail.carried(position):
+                    self.first_forward[ended] = position
+                    if self.ends.get(ended):
+                        self.totals[ended] = mail.total(ended).clone()
+            rides = mail.downward(position) if op.chunk == 0 and not last else None
+            return ("down", piece + 1, position), rides
+        if op.chunk == 0 and self.ends.get(position):
             mine = [torch.tensor([10.0**self.stage, k]) for k in range(self.ends[position])]
             mail.add(position, [sums.double() for sums in mine])
-        return ("up", self.stage - 1, position), mail.upward(position) if self.stage else None
+        rides = mail.upward(position) if op.chunk == 0 and self.stage else None
+        return ("up", piece - 1, position), rides
 
 
-@pytest.mark.parametrize("stages", [2, 3, 4])
-def test_every_stage_has_a_total_before_the_first_forward_that_may_need_it(stages):
-    count, ends = 11, {1: 1, 4: 2, 5: 1, 9: 1, 10: 3}
-    pipeline = [_Stage(stage, stages, count, ends) for stage in range(stages)]
+@pytest.mark.parametrize(("stages", "chunks"), [(2, 1), (3, 1), (4, 1), (2, 2), (2, 4), (3, 2), (4, 2), (4, 3)])
+def test_every_stage_has_a_total_before_the_first_forward_that_may_need_it(stages, chunks):
+    shape = Pipeline(stages=stages, virtual_stages=chunks)
+    count, ends = shape.accepted_count(23), {1: 1, 4: 2, 5: 1, 9: 1, 10: 3, 22: 1}
+    pipeline = [_Stage(stage, shape, count, ends) for stage in range(stages)]
     sent: dict[tuple[str, int, int], torch.Tensor | None] = {}
     while any(stage.ops for stage in pipeline):
         able = [s for s in pipeline if s.ops and (s.source() is None or s.source() in sent)]
@@ -95,8 +117,13 @@ def test_every_stage_has_a_total_before_the_first_forward_that_may_need_it(stage
             source = stage.source()
             where, message = stage.run(None if source is None else sent.pop(source))
             sent[where] = message
+    distance = shape.distance()
     for stage in pipeline:
-        assert set(stage.totals) == {position for position in ends if position + stages < count}
+        known = set(stage.first_forward)
+        assert sorted([*known, *stage.mail.left]) == list(range(count))
+        assert {position for position in range(count) if position + distance < count} <= known
+        assert all(forward <= position + distance for position, forward in stage.first_forward.items())
+        assert set(stage.totals) == known & set(ends)
         for position, total in stage.totals.items():
             assert total[:, 0].tolist() == [sum(10.0**s for s in range(stages))] * ends[position]
             assert total[:, 1].tolist() == [float(stages * k) for k in range(ends[position])]
