@@ -85,6 +85,11 @@ class Microbatch:
         segments = self.segments(padding_multiple)
         return segments[-1].stop if segments else 0
 
+    def rows(self, padding_multiple: int, row_multiple: int) -> int:
+        """Rows as they are packed: `padded_tokens`, or one ``padding_multiple`` for a no-op microbatch, rounded up to
+        ``row_multiple``, over which sequence parallelism splits them."""
+        return padded(self.padded_tokens(padding_multiple) or padding_multiple, row_multiple)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepEnd:

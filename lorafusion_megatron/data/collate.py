@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorafusion_megatron.data.dataset import JobDataset
-from lorafusion_megatron.types import Microbatch, Segment, padded
+from lorafusion_megatron.types import Microbatch, Segment
 
 NO_JOB = -1
 """``row_job`` of rows that belong to no job."""
@@ -48,11 +48,6 @@ class PackedBatch:
         return len(self.input_ids)
 
 
-def num_rows(microbatch: Microbatch, padding_multiple: int, row_multiple: int) -> int:
-    """Rows of a packed microbatch, by the multiples of `collate`; a no-op microbatch is one sequence of zeros."""
-    return padded(microbatch.padded_tokens(padding_multiple) or padding_multiple, row_multiple)
-
-
 def collate(
     microbatch: Microbatch,
     datasets: Mapping[int, JobDataset],
@@ -73,7 +68,7 @@ def collate(
     """
     segments = microbatch.segments(padding_multiple)
     used = segments[-1].stop if segments else padding_multiple
-    total = num_rows(microbatch, padding_multiple, row_multiple)
+    total = microbatch.rows(padding_multiple, row_multiple)
     input_ids, labels = np.zeros(total, dtype=np.int64), np.zeros(total, dtype=np.int64)
     weights = np.zeros(total, dtype=np.float32)
     begin = {segment.job: segment.start for segment in segments}

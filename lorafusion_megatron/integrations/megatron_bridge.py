@@ -41,11 +41,10 @@ def train_models(models: Sequence[torch.nn.Module], run: RunConfig) -> bool:
     Raises:
         UserError: the run doesn't fit the models or the process groups, or a model can't serve adapters.
     """
-    prepared = prepare(run)
+    device = next(models[0].parameters()).device
+    prepared = prepare(run, gpu=device if device.type == "cuda" else None)
     _check_layout(run)
-    groups = parallel.join(
-        device=next(models[0].parameters()).device, timeout_minutes=run.runtime.distributed_timeout_minutes
-    )
+    groups = parallel.join(device=device, timeout_minutes=run.runtime.distributed_timeout_minutes)
     model = accept_models(models, prepared, groups)
     prepared = with_layers_of(prepared, [_language_model(chunk) for chunk in models], groups)
     logger, stop = run.logger, StopRequest()

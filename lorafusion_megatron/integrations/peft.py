@@ -37,7 +37,7 @@ class FuseReport:
     left: dict[str, int]
     """Reason -> LoRA layers that keep PEFT's forward."""
     backend: str
-    """``triton`` or ``torch``, ``none`` where nothing was fused."""
+    """``triton`` or ``torch``, both with "and" between, or ``none`` where nothing was fused."""
 
 
 def fuse(model: nn.Module, *, backend: Backend | None = None) -> FuseReport:
@@ -47,7 +47,7 @@ def fuse(model: nn.Module, *, backend: Backend | None = None) -> FuseReport:
 
     Args:
         model: any module that holds PEFT LoRA linears.
-        backend: what computes them; None: the Triton kernels on a GPU, PyTorch elsewhere.
+        backend: what computes them, for a model on one device; None: the Triton kernels on a GPU, PyTorch elsewhere.
 
     Returns:
         How many were fused, and why others were not. Fusing twice changes nothing.
@@ -73,22 +73,23 @@ def fuse(model: nn.Module, *, backend: Backend | None = None) -> FuseReport:
     chosen: dict[torch.device, Backend] = {}
     routings: OrderedDict[tuple[int, torch.device], Routing] = OrderedDict()
     left: Counter[str] = Counter()
+    names: set[str] = set()
     fused = 0
     for layer in layers:
         reason = reason_unsupported(layer)
         if reason is None:
-            weight = layer.get_base_layer().weight
-            if weight.device not in chosen:
-                chosen[weight.device] = backend or _default_backend(weight)
             if not isinstance(layer.__dict__.get("forward"), _FusedForward):
+                weight = layer.get_base_layer().weight
+                if weight.device not in chosen:
+                    chosen[weight.device] = backend or _default_backend(weight)
                 layer.forward = _FusedForward(layer, chosen[weight.device], routings)
+            names.add(layer.forward.backend.name)
             fused += 1
         else:
             left[reason] += 1
     for reason, count in left.items():
         logger.warning("%d LoRA layers keep PEFT's forward: %s", count, reason)
-    names = sorted({each.name for each in chosen.values()})
-    return FuseReport(fused=fused, left=dict(left), backend=" and ".join(names) or "none")
+    return FuseReport(fused=fused, left=dict(left), backend=" and ".join(sorted(names)) or "none")
 
 
 def unfuse(model: nn.Module) -> int:
@@ -158,7 +159,8 @@ class _FusedForward:
         adapters = self.factors[key].adapters(
             a, b, layer.scaling[name], drop.p if layer.training and isinstance(drop, nn.Dropout) else 0.0
         )
-        with torch.autocast(x.device.type, enabled=False):
+        # Kernels are launched on the current GPU, which need not be this layer's in a model over several.
+        with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(rows):
             y = _FusedLinear.apply(rows, a, b, weight, bias, adapters, self._routing(rows), self.backend)
         return y.view(*x.shape[:-1], y.shape[-1])
 

@@ -53,8 +53,8 @@ class DeviceSteps(AdapterSteps):
         side: stream of the reductions; None: totals come through `settle`, or one stage alone makes them.
 
     Note: `apply` returns None; its report comes out of `reports` some microbatches later. With data parallelism the
-        sums are reduced on ``side`` and on communicators that nothing else uses. A step is a few
-        kernels over flat buffers: norm, scalars, AdamW, rounding, zeroing.
+        sums are reduced on ``side`` and on communicators that nothing else uses. A step is a few kernels over flat
+        buffers: norm, scalars, AdamW, rounding, zeroing.
     """
 
     def __init__(
@@ -164,8 +164,7 @@ class DeviceSteps(AdapterSteps):
         main = torch.cuda.current_stream()
         side.wait_stream(main)
         with torch.cuda.stream(side):
-            if self.groups.dp_size > 1:
-                dist.all_reduce(self.shard.grad, group=self.groups.data)
+            dist.all_reduce(self.shard.grad, group=self.groups.data)
             sums = self._own_sums()
             if self.groups.tp_size * self.groups.pp_size > 1:
                 dist.all_reduce(sums, group=self.groups.model)

@@ -133,7 +133,24 @@ def _make_communicators(device: torch.device) -> None:
     ):
         if group.size() > 1:
             dist.all_reduce(torch.zeros(1, device=device), group=group)
+    _connect_stages(parallel_state.get_pipeline_model_parallel_group(), device)
     torch.cuda.synchronize(device)
+
+
+def _connect_stages(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Send a number to both neighbours: NCCL connects two ranks at their first message."""
+    size, rank = group.size(), group.rank()
+    if size == 1:
+        return
+    ops = []
+    for step in (1, -1):
+        to, source = (dist.get_global_rank(group, (rank + way) % size) for way in (step, -step))
+        ops += [
+            dist.P2POp(dist.isend, torch.zeros(1, device=device), to, group),
+            dist.P2POp(dist.irecv, torch.zeros(1, device=device), source, group),
+        ]
+    for work in dist.batch_isend_irecv(ops):
+        work.wait()
 
 
 def stop(*, failed: bool = False) -> None:

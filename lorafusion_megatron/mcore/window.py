@@ -146,7 +146,7 @@ class Window:
         microbatch = replica[self.passes.positions[at]]
         if microbatch.is_noop or (self.cut is not None and at >= self.cut):
             return self._noop.input_ids.shape[1]
-        return -(-microbatch.padded_tokens(self.schedule.padding_multiple) // multiple) * multiple
+        return int(microbatch.rows(self.schedule.padding_multiple, multiple))
 
     def num_ends(self, position: int) -> int:
         """How many steps end at ``position`` of this pass."""

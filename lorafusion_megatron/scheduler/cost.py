@@ -156,8 +156,8 @@ def default_cost_model(spec: ModelSpec, *, tensor_parallel: int = 1, device: Dev
 
     Per token and layer the linears take ``2 * parameters`` flop forward and as much backward; causal attention
     takes ``2 * heads * head_dim * L^2`` forward and 2.5 times that backward; the output layer ``2 * hidden * vocab``
-    each way and three bytes of a logit. Adapters on all linears of a block read the linears' inputs twice a direction
-    and their outputs once. The output layer has none.
+    each way and three bytes of a logit. Adapters on all linears of a block read the linears' inputs forward and
+    backward, and their outputs' gradients backward; half of that in each direction. The output layer has none.
 
     Args:
         spec: the base model.

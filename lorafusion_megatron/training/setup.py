@@ -49,15 +49,19 @@ class Prepared:
         return self.topology.tensor_parallel if self.topology.sequence_parallel else 1
 
 
-def prepare(run: RunConfig) -> Prepared:
+def prepare(run: RunConfig, *, gpu: torch.device | None = None) -> Prepared:
     """Read and check everything that a run names; makes no process group and writes nothing.
+
+    Args:
+        run: the run.
+        gpu: where this rank's model is already; None: the rank takes its own (`claim_gpu`).
 
     Raises:
         UserError: whatever is wrong.
     """
     device = choose_device(run)
     if device == "cuda":
-        claim_gpu()
+        torch.cuda.set_device(gpu or claim_gpu())
     transformer_impl, reason = choose_transformer(run, device)
     backend = choose_backend(run, device)
     padding = math.lcm(run.runtime.padding_multiple or 1, backend.tile)
@@ -72,7 +76,7 @@ def prepare(run: RunConfig) -> Prepared:
         topology=topology,
         datasets={run.jobs[index].name: rows for index, rows in inputs.datasets.items()},
         eval_datasets={run.jobs[index].name: rows for index, rows in inputs.eval_datasets.items()},
-        notes=(*inputs.notes, *advice),
+        notes=(*inputs.notes, *advice, *_layout_notes(topology, device)),
         device=device,
         transformer_impl=transformer_impl,
         transformer_reason=reason,
@@ -83,6 +87,18 @@ def prepare(run: RunConfig) -> Prepared:
             run, layers=layers, replicas=topology.data_parallel, padding_multiple=padding, cost=cost
         ),
     )
+
+
+def _layout_notes(topology: Topology, device: str) -> list[str]:
+    """What is known of a layout that a user should know too."""
+    interleaved = topology.virtual_pipeline is not None and topology.pipeline_parallel > 2
+    if device != "cuda" or not interleaved or topology.data_parallel == 1:
+        return []
+    return [
+        "virtual stages on three pipeline stages or more with data parallelism can lock up where a kernel is loaded "
+        "for the first time (docs/runtime.md, What could lock up); without virtual_pipeline_model_parallel_size they "
+        "can't"
+    ]
 
 
 def world_size() -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from ..config.build import Builder
 from ..config.job import JobConfig
 from ..config.run import RunConfig
-from ..data.collate import collate, num_rows
+from ..data.collate import collate
 from ..data.dataset import JobDataset
 from ..mcore.batch import HostBatch, host_batch
 from ..mcore.parallel import Groups
@@ -363,7 +363,7 @@ class Trainer:
                 (self._batch(microbatch, datasets, validation=True) for microbatch in microbatches),
                 self.groups.device,
             ),
-            [num_rows(m, self.prepared.padding_multiple, self.prepared.row_multiple) for m in microbatches],
+            [m.rows(self.prepared.padding_multiple, self.prepared.row_multiple) for m in microbatches],
             schedule.token_capacity,
         )
         items = []

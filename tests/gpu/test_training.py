@@ -18,6 +18,7 @@ pytestmark = [
     pytest.mark.timeout(1200),  # launch's own time-outs tell more
 ]
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+four_gpus = pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs")
 
 IMPLEMENTATIONS = ("local", "transformer_engine")
 TOPOLOGIES = {
@@ -84,9 +85,20 @@ def test_two_gpus_in_bf16_are_as_near_to_fp32_as_peft_in_bf16(case, bf16_error, 
     [{"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, {}, TOPOLOGIES["PP2"]],
     ids=["interleaved", "data parallel", "PP2"],
 )
+def test_other_layouts_in_fp32_give_what_peft_gives_with_one_hardware_queue(case, tmp_path, measured, model):
+    error = _train(case, tmp_path / "o", 2, "auto", "float32", model, CUDA_DEVICE_MAX_CONNECTIONS="1")
+    assert measured(error) <= TOLERANCE
+
+
+@four_gpus
+@pytest.mark.parametrize(
+    "model",
+    [TOPOLOGIES["PP2"], TOPOLOGIES["PP2"] | {"virtual_pipeline_model_parallel_size": 2}],
+    ids=["PP2 DP2", "interleaved DP2"],
+)
 def test_reductions_never_lock_up_against_messages_with_one_hardware_queue(case, tmp_path, measured, model):
     """All streams of a GPU share one queue here: a reduction that waited in front of a message would wait forever."""
-    error = _train(case, tmp_path / "o", 2, "auto", "float32", model, CUDA_DEVICE_MAX_CONNECTIONS="1")
+    error = _train(case, tmp_path / "o", 4, "auto", "float32", model, CUDA_DEVICE_MAX_CONNECTIONS="1")
     assert measured(error) <= TOLERANCE
 
 

@@ -43,13 +43,14 @@ def configure(config: Any) -> None:
     """Set a model's configuration for a stream of packed microbatches of different lengths.
 
     ``calculate_per_token_loss`` makes the schedules take the loss as it is, without dividing by the number of
-    microbatches; ``variable_seq_lengths`` makes stages tell each other the shape of what they send where no plan does
-    (validation). Messages are exchanged as `build.transformer_config` says. A base without gradients has none to
-    reduce after the pass.
+    microbatches; ``variable_seq_lengths`` keeps Megatron from taking all for equally long. Messages are exchanged as
+    `build.transformer_config` says, and the interleaved schedule takes the groups of microbatches that the plan counts
+    on. A base without gradients has none to reduce after the pass.
     """
     config.variable_seq_lengths = True
     config.moe_token_dispatcher_type = "alltoall"
-    config.overlap_p2p_comm = False
+    config.overlap_p2p_comm = config.overlap_p2p_comm_warmup_flush = False
+    config.microbatch_group_size_per_vp_stage = config.pipeline_model_parallel_size
     config.batch_p2p_comm = True
     config.batch_p2p_sync = False
     config.calculate_per_token_loss = True

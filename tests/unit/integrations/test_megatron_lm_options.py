@@ -110,9 +110,16 @@ def test_options_without_effect_are_megatrons_and_told_where_they_were_given(par
 def test_interleaved_stages_never_ask_for_messages_ahead(parser, words):
     args = parse(parser, f"--pipeline-model-parallel-size 4 --num-virtual-stages-per-pipeline-rank 2 {words}")
     check_options(args)
-    config = SimpleNamespace(overlap_p2p_comm=args.overlap_p2p_comm, batch_p2p_comm=not args.overlap_p2p_comm)
+    config = SimpleNamespace(
+        overlap_p2p_comm=args.overlap_p2p_comm,
+        batch_p2p_comm=not args.overlap_p2p_comm,
+        overlap_p2p_comm_warmup_flush=True,
+        microbatch_group_size_per_vp_stage=8,
+        pipeline_model_parallel_size=4,
+    )
     configure(config)
     assert (config.overlap_p2p_comm, config.batch_p2p_comm) == (False, True)
+    assert (config.overlap_p2p_comm_warmup_flush, config.microbatch_group_size_per_vp_stage) == (False, 4)
 
 
 def test_the_printed_options_build_the_base_model(parser, run_file):
