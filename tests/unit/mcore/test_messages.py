@@ -152,13 +152,13 @@ def _run(monkeypatch, stage: int, stages: int, chunks: int, count: int, ends, *,
 def _play(stages: list[list], stalls: int | None = None) -> bool:
     """Every stage waits in each group until all of it is matched; what is matched must be the same message.
 
-    Returns:
-        Whether all came to their end; False where they wait for each other for ever.
-
     Args:
         stages: what each recorded.
         stalls: a stage whose host, before it computes, waits for the reductions of steps that have ended there, which
             end when every stage has come to theirs.
+
+    Returns:
+        Whether all came to their end; False where they wait for each other for ever.
     """
     ended: list[set[int]] = [set() for _ in stages]
     sent: dict[tuple[int, int], list] = {}
