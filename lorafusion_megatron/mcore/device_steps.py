@@ -50,11 +50,11 @@ class DeviceSteps(AdapterSteps):
 
     Args:
         job, shard, rule, groups: as in `AdapterSteps`.
-        side: stream of the reductions; None: totals come through `settle`, or one stage alone makes them.
+        side: stream of the reductions; None: replicas are summed before the step's last gradient goes on, and totals
+            come through `settle`, or one stage alone makes them.
 
-    Note: `apply` returns None; its report comes out of `reports` some microbatches later. With data parallelism the
-        sums are reduced on ``side`` and on communicators that nothing else uses. A step is a few kernels over flat
-        buffers: norm, scalars, AdamW, rounding, zeroing.
+    Note: `apply` returns None; its report comes out of `reports` some microbatches later. A step is a few kernels over
+        flat buffers: norm, scalars, AdamW, rounding, zeroing.
     """
 
     def __init__(
@@ -113,6 +113,8 @@ class DeviceSteps(AdapterSteps):
         if self._side is not None:
             self._reduce_aside(step, self._side)
             return
+        if groups.dp_size > 1:
+            dist.all_reduce(self.shard.grad, group=groups.data)
         sums = self._own_sums()
         if groups.tp_size > 1:
             dist.all_reduce(sums, group=groups.tensor)
@@ -207,12 +209,24 @@ class DeviceSteps(AdapterSteps):
         return StepReport(job=self.job, step=sent.step, loss=loss, grad_norm=norm, lr=sent.lr, skipped=left_out)
 
 
-def make_steps(job: int, shard: AdapterShard, rule: StepRule, groups: Groups) -> AdapterSteps:
+def make_steps(job: int, shard: AdapterShard, rule: StepRule, groups: Groups, *, chunks: int = 1) -> AdapterSteps:
     """The optimizer steps of a job: on the host on the CPU, on the device on a GPU.
 
     Args:
         job, shard, rule, groups: as in `AdapterSteps`.
+        chunks: model chunks of a stage.
     """
     if groups.device.type != "cuda":
         return AdapterSteps(job, shard, rule, groups)
-    return DeviceSteps(job, shard, rule, groups, side=torch.cuda.Stream() if groups.dp_size > 1 else None)
+    aside = groups.dp_size > 1 and bears_side_reductions(groups.pp_size, chunks)
+    return DeviceSteps(job, shard, rule, groups, side=torch.cuda.Stream() if aside else None)
+
+
+def bears_side_reductions(stages: int, chunks: int) -> bool:
+    """Whether a reduction over all stages may be under way beside the pipeline's messages.
+
+    It ends when stage 0 has come to its part. A host that waits until then with its GPU, as the first launch of a
+    kernel may, also holds its messages back; interleaved on three stages or more, stage 0 does not get there without
+    them (a test plays the messages of Megatron's schedules).
+    """
+    return chunks == 1 or stages <= 2

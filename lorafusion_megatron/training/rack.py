@@ -96,7 +96,7 @@ class AdapterRack:
         taken = set(self._slots.values())
         job.slot = next(slot for slot in range(0, 2 * len(taken) + 2, 2) if slot not in taken)
         shard = AdapterShard(adapter, self._targets, dtype=self._dtype, device=self._groups.device)
-        steps = make_steps(job.index, shard, self._rule(job), self._groups)
+        steps = make_steps(job.index, shard, self._rule(job), self._groups, chunks=len(self.chunks))
         if state is not None and counters is not None:
             moments = dict(zip(("exp_avg", "exp_avg_sq"), steps.restore(counters), strict=True))
             for part, factors in load_job(state, job.name, shard.factor_keys()):

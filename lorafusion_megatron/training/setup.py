@@ -76,7 +76,7 @@ def prepare(run: RunConfig, *, gpu: torch.device | None = None) -> Prepared:
         topology=topology,
         datasets={run.jobs[index].name: rows for index, rows in inputs.datasets.items()},
         eval_datasets={run.jobs[index].name: rows for index, rows in inputs.eval_datasets.items()},
-        notes=(*inputs.notes, *advice, *_layout_notes(topology, device)),
+        notes=(*inputs.notes, *advice),
         device=device,
         transformer_impl=transformer_impl,
         transformer_reason=reason,
@@ -87,18 +87,6 @@ def prepare(run: RunConfig, *, gpu: torch.device | None = None) -> Prepared:
             run, layers=layers, replicas=topology.data_parallel, padding_multiple=padding, cost=cost
         ),
     )
-
-
-def _layout_notes(topology: Topology, device: str) -> list[str]:
-    """What is known of a layout that a user should know too."""
-    interleaved = topology.virtual_pipeline is not None and topology.pipeline_parallel > 2
-    if device != "cuda" or not interleaved or topology.data_parallel == 1:
-        return []
-    return [
-        "virtual stages on three pipeline stages or more with data parallelism can lock up where a kernel is loaded "
-        "for the first time (docs/runtime.md, What could lock up); without virtual_pipeline_model_parallel_size they "
-        "can't"
-    ]
 
 
 def world_size() -> int:

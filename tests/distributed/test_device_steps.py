@@ -16,6 +16,9 @@ LAYOUTS = {
     "PP4": (4, ["model.pipeline_model_parallel_size=4"]),
     "PP2 flushed": (2, ["model.pipeline_model_parallel_size=2", "runtime.schedule=sequential"]),
     "PP2 of 2 chunks": (2, [*INTERLEAVED, "model.pipeline_model_parallel_size=2"]),
+    "DP2": (2, []),
+    "PP2 DP2": (4, ["model.pipeline_model_parallel_size=2"]),
+    "PP2 of 2 chunks DP2": (4, [*INTERLEAVED, "model.pipeline_model_parallel_size=2"]),
     "PP2 TP2": (4, ["model.pipeline_model_parallel_size=2", "model.tensor_model_parallel_size=2"]),
 }
 
@@ -31,7 +34,7 @@ def train_on_device(words: list[str], stop_at_vote: int | None = None) -> int:
     import lorafusion_megatron.training.rack as rack
     from lorafusion_megatron.mcore.device_steps import DeviceSteps
 
-    rack.make_steps = lambda job, shard, rule, groups: DeviceSteps(job, shard, rule, groups)
+    rack.make_steps = lambda job, shard, rule, groups, chunks: DeviceSteps(job, shard, rule, groups)
     if stop_at_vote is not None and os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
         from lorafusion_megatron.training.signals import StopRequest
 

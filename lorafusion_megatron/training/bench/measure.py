@@ -234,7 +234,7 @@ class Bench:
             shard.master.normal_(std=0.02)
             shard.refresh()
             shard.attach(job)
-            out[job] = make_steps(job, shard, RULE, self.groups)
+            out[job] = make_steps(job, shard, RULE, self.groups, chunks=len(self.chunks))
         return out
 
     def _eager(self) -> dict[int, Any]:

@@ -6,7 +6,6 @@ import torch
 from lorafusion_megatron.errors import UserError
 from lorafusion_megatron.mcore.gpu import claim_gpu
 from lorafusion_megatron.training import setup
-from lorafusion_megatron.types import Topology
 
 
 @pytest.fixture
@@ -54,12 +53,3 @@ def test_a_run_takes_its_gpu_before_it_makes_anything_on_one(monkeypatch, made_c
     with pytest.raises(Seen) as seen:
         setup.prepare(None, gpu=torch.device("cuda", 3))  # a model is there already
     assert seen.value.args[0][-1] == torch.device("cuda", 3)
-
-
-@pytest.mark.parametrize(
-    ("stages", "chunks", "replicas", "told"), [(4, 2, 2, 1), (2, 2, 2, 0), (4, None, 2, 0), (4, 2, 1, 0)]
-)
-def test_a_layout_that_can_lock_up_is_told_of(stages, chunks, replicas, told):
-    topology = Topology(pipeline_parallel=stages, virtual_pipeline=chunks, data_parallel=replicas)
-    assert len(setup._layout_notes(topology, "cuda")) == told
-    assert setup._layout_notes(topology, "cpu") == []
