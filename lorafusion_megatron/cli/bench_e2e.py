@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=2, help="timed runs of each variant, in turn")
     parser.add_argument("--seconds", type=float, help="start no workload after that many")
     parser.add_argument("--profile", action="store_true", help="run each variant once more and list its kernels' times")
+    parser.add_argument("--clocks", action="store_true", help="read each run's clock and power (nvidia-smi)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--transformer-impl", choices=("auto", "transformer_engine", "local"), default="auto")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
@@ -102,7 +103,7 @@ def _measure(
             print(f"{time.monotonic() - started:6.1f} s  {text}", flush=True)
 
     tell(json.dumps(header))
-    bench = Bench(setting, groups)
+    bench = Bench(setting, groups, watching=args.clocks)
     chosen = [v for v in variants(args.capacity, sizes) if _wanted(v, args.only)]
     results: dict[str, Any] = {}
     for workload in workloads:

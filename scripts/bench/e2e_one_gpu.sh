@@ -5,4 +5,4 @@ cd "$(dirname "$0")/../.."
 out=${1:-runs/bench/e2e_one_gpu}
 python3 -m lorafusion_megatron.cli.main bench e2e --model llama-3.1-8b --layers 16 --capacity 6144 --sizes 6144 \
     --only "sequential,kernels only,schedule only,both,no adapters" --tokens 120000 --baseline-tokens 60000 \
-    --repeats 3 --out "$out"
+    --repeats 3 --clocks --out "$out"

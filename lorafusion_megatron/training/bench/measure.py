@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..setup import linear_layouts
 from .eager import EagerLora, EagerSteps, Factors, IdleSteps, eager_factors
 from .profile import KernelTimes, profile_kernels
 from .variants import Plan, Variant, make_plan
+from .watch import Reading, Watch
 from .workloads import Workload
 
 TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
@@ -60,6 +62,8 @@ class Outcome:
     bubbles: list[float] = field(default_factory=list)
     peak_bytes: tuple[int, ...] = ()
     """Per stage, the most memory that was allocated."""
+    readings: tuple[Reading, ...] = ()
+    """Per stage, clock and power of the last repeat, where they were watched."""
     spans: list[list[Span]] = field(default_factory=list)
     """Per stage, of the last repeat."""
     failure: str = ""
@@ -76,10 +80,16 @@ class Outcome:
 
 
 class Bench:
-    """One model with random weights, on which every variant runs. Every rank makes one."""
+    """One model with random weights, on which every variant runs. Every rank makes one.
 
-    def __init__(self, setting: Setting, groups: Groups) -> None:
-        self.setting, self.groups = setting, groups
+    Args:
+        setting: the model and its adapters.
+        groups: this rank's groups.
+        watching: whether each timed run's clock and power are read.
+    """
+
+    def __init__(self, setting: Setting, groups: Groups, *, watching: bool = False) -> None:
+        self.setting, self.groups, self.watching = setting, groups, watching
         options = BuildOptions(
             dtype=setting.dtype,
             device=groups.device,
@@ -174,28 +184,31 @@ class Bench:
             if warm_up is None:
                 settle()
             torch.cuda.reset_peak_memory_stats()
-        dist.barrier(group=self.groups.objects)
-        result = runner.run(
-            schedule,
-            lambda: prefetch(iter(batches), self.groups.device),
-            noop=noop,
-            flush=outcome.variant.flush and warm_up is None,
-        )
+        watch = Watch(self.groups.device)
+        with watch if self.watching and warm_up is None else nullcontext():
+            dist.barrier(group=self.groups.objects)
+            result = runner.run(
+                schedule,
+                lambda: prefetch(iter(batches), self.groups.device),
+                noop=noop,
+                flush=outcome.variant.flush and warm_up is None,
+            )
         if warm_up is not None:
             self._clear()
             return
-        self._record(outcome, result, keep_spans)
+        self._record(outcome, result, watch.reading, keep_spans)
 
-    def _record(self, outcome: Outcome, result: WindowResult, keep_spans: bool) -> None:
+    def _record(self, outcome: Outcome, result: WindowResult, reading: Reading | None, keep_spans: bool) -> None:
         peak = torch.cuda.max_memory_allocated() if self.groups.device.type == "cuda" else 0
         everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (result, peak), group=self.groups.objects)
-        results = [r for r, _ in everyone]
+        dist.all_gather_object(everyone, (result, peak, reading), group=self.groups.objects)
+        results = [r for r, _, _ in everyone]
         wall = max(r.stopped for r in results) - min(r.started for r in results)
         busy = sum(r.busy_seconds for r in results) / len(results)
         outcome.seconds.append(wall)
         outcome.bubbles.append(max(0.0, 1.0 - busy / wall))
-        outcome.peak_bytes = tuple(p for _, p in everyone)
+        outcome.peak_bytes = tuple(p for _, p, _ in everyone)
+        outcome.readings = tuple(r for _, _, r in everyone if r is not None)
         if keep_spans:
             first = min(r.started for r in results)
             outcome.spans = [[_shifted(span, first) for span in r.spans] for r in results]

@@ -49,6 +49,8 @@ def rows(outcomes: Sequence[Outcome], spec: ModelSpec, gpus: int, peak: float) -
             "tflops_per_gpu": round(o.rate * flops_per_token(spec) / gpus / 1e12, 1),
             "flops_share": round(o.rate * flops_per_token(spec) / gpus / peak, 4) if peak else None,
             "peak_gib": [round(peak / 2**30, 2) for peak in o.peak_bytes],
+            "clock_mhz": [reading.clock_mhz for reading in o.readings],
+            "watts": [reading.watts for reading in o.readings],
             "failure": o.failure,
         }
         for o in outcomes
@@ -57,13 +59,16 @@ def rows(outcomes: Sequence[Outcome], spec: ModelSpec, gpus: int, peak: float) -
 
 def table(numbers: Sequence[Mapping[str, Any]]) -> str:
     """The rows for people."""
+    watched = any(row["watts"] for row in numbers)
     head = ("variant", "tokens/s", "bubbles", "fill", "steps", "TFLOP/s/GPU", "of matmul", "peak GiB")
+    head += ("MHz", "W") if watched else ()
     lines = [head]
     for row in numbers:
         if row["failure"]:
-            lines.append((row["variant"], row["failure"], *[""] * 6))
+            lines.append((row["variant"], row["failure"], *[""] * (len(head) - 2)))
             continue
         share = row["flops_share"]
+        clocks = ["/".join(f"{value:.0f}" for value in row[name]) for name in ("clock_mhz", "watts")]
         lines.append(
             (
                 row["variant"],
@@ -74,13 +79,12 @@ def table(numbers: Sequence[Mapping[str, Any]]) -> str:
                 f"{row['tflops_per_gpu']:.0f}",
                 "" if share is None else f"{share:.1%}",
                 "/".join(f"{peak:.1f}" for peak in row["peak_gib"]),
+                *(clocks if watched else ()),
             )
         )
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    )
+    padded = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+    return "\n".join("  ".join(cells).rstrip() for cells in padded)
 
 
 def trace(outcome: Outcome) -> dict[str, Any]:
