@@ -70,6 +70,7 @@ class Ranks:
         self._logs = [folder / f"rank{rank}.log" for rank in range(world)]
         self.processes = []
         for rank, log in enumerate(self._logs):
+            log.touch()  # a test may look into it before the rank is up
             settings = ONE_THREAD | {
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
