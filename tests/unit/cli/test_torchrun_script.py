@@ -32,7 +32,12 @@ def start(folder: Path, *words: str, does: str, **environment: str) -> subproces
     (folder / "python").write_text(PYTHON)
     (folder / "python").chmod(0o755)
     settings = {"PYTHON": str(folder / "python"), "HERE": str(folder), "RANK": RANK, "RANK_DOES": does}
-    return subprocess.Popen(["bash", str(SCRIPT), *words], env=os.environ | settings | environment)
+    # In the background of a script SIGINT is ignored, and a shell can't trap what it finds ignored.
+    return subprocess.Popen(
+        ["bash", str(SCRIPT), *words],
+        env=os.environ | settings | environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def test_one_host_starts_a_rank_per_gpu_and_passes_the_words_on(tmp_path: Path) -> None:
