@@ -190,12 +190,9 @@ class PlannedCommunicator(P2PCommunicator):
     def _ops(self, kind: Any, peer: int | None, *tensors: torch.Tensor | None) -> list[dist.P2POp]:
         return [dist.P2POp(kind, tensor, peer, self.pp_group) for tensor in tensors if tensor is not None]
 
-    def _shape(self, position: int) -> list[int]:
-        return [self._rows(position), 1, self.config.hidden_size]
-
     def _empty(self, position: int) -> torch.Tensor:
         return torch.empty(
-            self._shape(position),
+            (self._rows(position), 1, self.config.hidden_size),
             requires_grad=True,
             device=torch.cuda.current_device(),
             dtype=self.config.pipeline_dtype,

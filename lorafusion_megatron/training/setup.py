@@ -61,7 +61,10 @@ def prepare(run: RunConfig, *, gpu: torch.device | None = None) -> Prepared:
     """
     device = choose_device(run)
     if device == "cuda":
-        torch.cuda.set_device(gpu or claim_gpu())
+        if gpu is None:
+            claim_gpu()
+        else:
+            torch.cuda.set_device(gpu)
     transformer_impl, reason = choose_transformer(run, device)
     backend = choose_backend(run, device)
     padding = math.lcm(run.runtime.padding_multiple or 1, backend.tile)

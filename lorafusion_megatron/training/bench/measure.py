@@ -2,7 +2,6 @@
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -184,8 +183,7 @@ class Bench:
             if warm_up is None:
                 settle()
             torch.cuda.reset_peak_memory_stats()
-        watch = Watch(self.groups.device)
-        with watch if self.watching and warm_up is None else nullcontext():
+        with Watch(self.groups.device if self.watching and warm_up is None else None) as watch:
             dist.barrier(group=self.groups.objects)
             result = runner.run(
                 schedule,

@@ -25,12 +25,12 @@ class Watch:
     """Context manager that asks ``nvidia-smi`` a few times a second.
 
     Args:
-        device: the GPU; another device is not watched.
+        device: the GPU; another device, or None, is not watched.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device | None) -> None:
         self._command: list[str] = []
-        if device.type == "cuda":
+        if device is not None and device.type == "cuda":
             # By its own name: CUDA_VISIBLE_DEVICES numbers GPUs otherwise than nvidia-smi.
             uuid = torch.cuda.get_device_properties(device).uuid
             query = ["--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits"]

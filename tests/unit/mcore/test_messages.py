@@ -13,6 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from lorafusion_megatron.mcore import p2p
 from lorafusion_megatron.mcore.device_steps import bears_side_reductions
+from tests.unit.mcore.stages import Group
 
 LAYOUTS = [(2, 1), (3, 1), (4, 1), (2, 2), (2, 4), (3, 2), (4, 2), (4, 3)]
 CONFIG = {
@@ -25,17 +26,6 @@ CONFIG = {
     "variable_seq_lengths": True,
     "cuda_graph_impl": "none",
 }
-
-
-class _Group:
-    def __init__(self, rank: int, size: int) -> None:
-        self._rank, self._size = rank, size
-
-    def rank(self) -> int:
-        return self._rank
-
-    def size(self) -> int:
-        return self._size
 
 
 class _Config(SimpleNamespace):
@@ -90,7 +80,7 @@ class _Stage(p2p.PlannedCommunicator):
 
 def _run(monkeypatch, stage: int, stages: int, chunks: int, count: int, ends, *, forward_only: bool) -> list:
     """The groups that a stage's schedule exchanges."""
-    group = _Group(stage, stages)
+    group = Group(stage, stages)
     config = _Config(
         **CONFIG,
         virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
@@ -129,7 +119,7 @@ def _run(monkeypatch, stage: int, stages: int, chunks: int, count: int, ends, *,
     monkeypatch.setattr(schedules, "backward_step", backward_step)
     monkeypatch.setattr(schedules, "get_model_config", lambda model: config)
     collection = ProcessGroupCollection()
-    collection.tp, collection.cp, collection.pp = _Group(0, 1), _Group(0, 1), group
+    collection.tp, collection.cp, collection.pp = Group(0, 1), Group(0, 1), group
     models = [torch.nn.Module() for _ in range(chunks)]
     schedule = (
         schedules.forward_backward_pipelining_with_interleaving

@@ -7,6 +7,7 @@ from lorafusion_megatron.mcore.p2p import NormMail
 from lorafusion_megatron.mcore.window import flushed, whole
 from lorafusion_megatron.scheduler.order import Pipeline
 from lorafusion_megatron.types import Microbatch, Sample, Schedule, StepEnd
+from tests.unit.mcore.stages import Group
 
 
 def _sample(job: int, step: int) -> Sample:
@@ -39,26 +40,13 @@ def test_a_filler_that_ends_an_empty_step_and_rows_behind_the_last_step_are_run(
     assert flushed(schedule).lengths == (1, 1, 1)
 
 
-class _Group:
-    """A pipeline's process group, as far as the mail asks."""
-
-    def __init__(self, rank: int, size: int) -> None:
-        self._rank, self._size = rank, size
-
-    def rank(self) -> int:
-        return self._rank
-
-    def size(self) -> int:
-        return self._size
-
-
 class _Stage:
     """One stage that passes mail by hand: it adds 10^stage, so that a total shows who is in it."""
 
     def __init__(self, stage: int, pipeline: Pipeline, count: int, ends: dict[int, int]) -> None:
         self.stage, self.pipeline, self.ends = stage, pipeline, ends
         self.mail = NormMail(
-            _Group(stage, pipeline.stages),
+            Group(stage, pipeline.stages),
             lambda p: ends.get(p, 0),
             torch.device("cpu"),
             num_microbatches=count,
