@@ -6,7 +6,7 @@ import triton.language as tl
 
 from .launch import Launcher, cdiv, power_of_two
 from .masks import keep_signs, keep_where, load_keys
-from .overlap import await_predecessor, launch_options
+from .overlap import await_predecessor, launch_options, outlast_predecessor, release_successor
 from .tables import (
     CHUNK_FIELDS,
     FIELDS,
@@ -63,16 +63,18 @@ def _factor_grad_kernel(
     width, num_slots, module_key, feature_offset,
     GRAD: tl.constexpr, DROP: tl.constexpr, PROJECTED: tl.constexpr, EVEN: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, RB: tl.constexpr, ALIGN: tl.constexpr, OVERLAP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BESIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk of rows by one strip of BN features by one block of RB columns."""
-    await_predecessor(OVERLAP)
+    await_predecessor(OVERLAP and not BESIDE)
+    release_successor(BESIDE)
     strip, chunk, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     entry = chunks + chunk * CHUNK_FIELDS
     slot, start, stop = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
     part, parts = tl.load(entry + 3), tl.load(entry + 4)
     columns = slot_columns(table, slot, num_slots, ALIGN)
     if block * RB >= columns:
+        outlast_predecessor(BESIDE)
         return
     feature = strip * BN + tl.arange(0, BN)
     column = block * RB + tl.arange(0, RB)
@@ -98,6 +100,7 @@ def _factor_grad_kernel(
         acc, partial_ptr, counter_ptr, table, slot, chunk, part, parts, feature, column, width, columns, q_stride,
         counter_at, row_projection, GRAD, PROJECTED, BN, RB, ALIGN,
     )  # fmt: skip
+    outlast_predecessor(BESIDE)
 
 
 _launch = Launcher(_factor_grad_kernel)
@@ -119,6 +122,7 @@ def factor_grad(
     split: bool,
     align: int,
     overlap: bool,
+    beside: bool = False,
     block_n: int = 128,
     block_t: int = 64,
     num_stages: int = 4,
@@ -139,6 +143,13 @@ def factor_grad(
         split: whether any adapter's rows are cut into several chunks.
         align: of `tables.table_alignment`.
         overlap: of `overlap.await_predecessor`.
+        beside: whether to run beside the kernel before this one, in the places that it leaves. That one must have been
+            launched with ``overlap`` and write nothing that this one reads; what it has waited for is done here too.
+
+    Note: the product before it is persistent, and its programs work in step so that they share what they read through
+    the L2. They are all in place before this kernel starts (the product lets it start, each program once), and it
+    takes what the last wave leaves idle. On a stream of its own this kernel could be there first, and a program of the
+    product waited until it was done, which doubled the product's time (docs/kernels.md).
     """
     features, width = z.shape[1], q.shape[1]
     rb = min(power_of_two(width), 64)
@@ -154,6 +165,6 @@ def factor_grad(
             features, table.shape[0], module_key, feature_offset,
         ),
         GRAD=grad, DROP=drop, PROJECTED=row_projection is not None, EVEN=features % bn == 0,
-        BT=bt, BN=bn, RB=rb, ALIGN=align, OVERLAP=overlap, PRECISION="ieee",
+        BT=bt, BN=bn, RB=rb, ALIGN=align, OVERLAP=overlap, BESIDE=overlap and beside, PRECISION="ieee",
         options=launch_options(overlap, num_warps=num_warps, num_stages=num_stages),
     )  # fmt: skip

@@ -33,7 +33,6 @@ class Launcher:
         grid: tuple[int, int, int],
         arguments: tuple[Any, ...],
         *,
-        stream: torch.cuda.Stream | None = None,
         options: dict[str, Any] | None = None,
         **constants: Any,
     ) -> None:
@@ -42,7 +41,6 @@ class Launcher:
         Args:
             grid: programs along each axis.
             arguments: tensors and tensor descriptors on the current device, ``int`` or None, in the kernel's order.
-            stream: where to launch; None: the current stream.
             options: Triton's own (``num_warps``, ``num_stages``, ``maxnreg``, ``launch_pdl``).
             **constants: the kernel's constants, in its order.
 
@@ -59,11 +57,10 @@ class Launcher:
         key = (*facts, *constants.values(), *options.items())
         found = self._compiled.get(key)
         if found is None:
-            with torch.cuda.stream(stream):  # of None: the current one
-                self._compiled[key] = self._compile_and_launch(grid, arguments, constants, options)
+            self._compiled[key] = self._compile_and_launch(grid, arguments, constants, options)
             return
         kernel, tail = found
-        kernel[grid](*values, *tail, stream=None if stream is None else stream.cuda_stream)  # type: ignore[index]
+        kernel[grid](*values, *tail)  # type: ignore[index]
 
     def _compile_and_launch(
         self, grid: tuple[int, int, int], arguments: tuple[Any, ...], constants: dict[str, Any], options: dict[str, Any]

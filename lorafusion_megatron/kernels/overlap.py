@@ -16,6 +16,26 @@ def await_predecessor(OVERLAP: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 
+@triton.jit
+def outlast_predecessor(BESIDE: tl.constexpr):
+    """End no sooner than the kernel before this one, which this one has not waited for at its start.
+
+    Note: the last statement of one program of such a kernel, the last one to be placed. Whatever follows waits for this
+    kernel alone and must find the one before it done as well.
+    """
+    if BESIDE:
+        axes = (tl.program_id(0) + 1 == tl.num_programs(0)) & (tl.program_id(1) + 1 == tl.num_programs(1))
+        if axes & (tl.program_id(2) + 1 == tl.num_programs(2)):
+            tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def release_successor(BESIDE: tl.constexpr):
+    """Let the next kernel be placed; the first statement of a kernel that does not wait for its predecessor."""
+    if BESIDE:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
 def launch_options(overlap: bool, **options: int) -> dict[str, int]:
     """Triton's options of a launch; the interpreter knows no dependent launches."""
     return options | {"launch_pdl": True} if overlap else options

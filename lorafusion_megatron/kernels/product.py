@@ -95,8 +95,6 @@ def product(
     config: ProductConfig,
     programs: int,
     pure: bool,
-    stream: torch.cuda.Stream | None = None,
-    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``z Wᵀ + bias + q Bᵀ`` (factor B) or ``z W + mask ∘ (q A)`` (factor A).
 
@@ -110,15 +108,13 @@ def product(
         config: of the tiles.
         programs: multiprocessors of the device.
         pure: whether no block of ``config.block_m`` rows holds two adapters.
-        stream: where to launch; None: the current stream.
-        out: where to put the result.
 
     Returns:
         ``[tokens, out]`` forward, ``[tokens, in]`` backward.
     """
     forward = factor == 1
     (tokens, inner), width = z.shape, w.shape[0 if forward else 1]
-    y = z.new_empty(tokens, width) if out is None else out
+    y = z.new_empty(tokens, width)
     bm, bn, bk = config.block_m, config.block_n, config.block_k
     z_desc = TensorDescriptor.from_tensor(z, [bm, bk])
     w_desc = TensorDescriptor.from_tensor(w, [bn, bk] if forward else [bk, bn])
@@ -135,6 +131,6 @@ def product(
         SUBTILES=1 if pure else bm // tile, ONCE=q.shape[1] <= 64,
         BM=bm, BN=bn, BK=bk, KC=min(power_of_two(q.shape[1]), 64), GROUP=config.group,
         ALIGN=align, OVERLAP=overlap, HALVES=config.halves,
-        options=launch_options(overlap, num_warps=config.warps, num_stages=config.stages), stream=stream,
+        options=launch_options(overlap, num_warps=config.warps, num_stages=config.stages),
     )  # fmt: skip
     return y

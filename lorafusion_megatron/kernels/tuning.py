@@ -76,12 +76,7 @@ class Tuner:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self._choices: dict[str, str] = {}
-        if path is not None and path.exists():
-            try:
-                self._choices = json.loads(path.read_text())
-            except ValueError:
-                self._choices = {}  # cut off by a crash: measured again
+        self._choices = self._saved()
 
     def known(self, problem: Problem) -> str | None:
         """Name of the choice for a problem, None where it was not measured yet."""
@@ -107,11 +102,20 @@ class Tuner:
         self._save()
         return choice
 
+    def _saved(self) -> dict[str, str]:
+        """The file's choices; none where there is no file or a crash cut it off, and they are measured again."""
+        try:
+            return json.loads(self.path.read_text()) if self.path is not None else {}
+        except (FileNotFoundError, ValueError):
+            return {}
+
     def _save(self) -> None:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Ranks of one machine write side by side: each replaces the file whole, and a lost entry is measured again.
+        # Ranks of one machine write side by side: each keeps what others have added and replaces the file whole. What
+        # is lost between the two is measured again.
+        self._choices = self._saved() | self._choices
         temporary = self.path.with_suffix(f".{os.getpid()}")
         temporary.write_text(json.dumps(self._choices, indent=1, sort_keys=True))
         temporary.replace(self.path)

@@ -36,7 +36,8 @@ class TritonBackend:
         device: where the linears live; without an index the current GPU, for good.
         strategy: ``auto`` measures; ``hopper`` and ``fused`` put the adapter's part inside the product, ``expand``
             adds it to cuBLAS' product in place. What the device lacks falls back to ``expand``.
-        concurrent: whether the backward's product runs beside the pass for A's gradient, on a stream of its own.
+        concurrent: whether the pass for A's gradient runs beside the backward's product, where its last wave leaves
+            multiprocessors idle (8192 x 4096 outputs are 7.8 waves of 132).
         interpret: run on the CPU; TRITON_INTERPRET=1 must have been set before the kernels were imported.
 
     Note: never synchronises with the host; capturable in a CUDA graph after one call outside it, which builds the
@@ -63,7 +64,7 @@ class TritonBackend:
         self._bulk_copies = interpret
         self._overlap = False
         self._hopper = False
-        self._stream: torch.cuda.Stream | None = None
+        self._concurrent = concurrent
         self._cache_bytes = 32 << 20
         self._tuner: Tuner | None = None
         self._chosen: dict[tuple[Any, ...], Way] = {}
@@ -74,9 +75,6 @@ class TritonBackend:
             self._programs = properties.multi_processor_count
             self._bulk_copies = self._overlap = properties.major >= 9
             self._hopper = properties.major == 9
-            if concurrent:
-                self._stream = torch.cuda.Stream(self.device, priority=-1)
-                self._forked, self._joined = torch.cuda.Event(), torch.cuda.Event()
             self._cache_bytes = properties.L2_cache_size
             self._tuner = Tuner(cache_path(self.device))
 
@@ -159,12 +157,8 @@ class TritonBackend:
         if not needs_dx:
             self._grad(x, ds, call, adapters, routing, grad=GRAD_A)
             return None
-        dx = dy.new_empty(dy.shape[0], weight.shape[1])
-        way = self._way(dy, weight, None, ds, call, adapters, routing, factor=FACTOR_A, out=dx)
-        self._fork()
-        self._product(way, dy, weight, None, ds, call, adapters, routing, factor=FACTOR_A, out=dx, stream=self._stream)
-        self._grad(x, ds, call, adapters, routing, grad=GRAD_A)
-        self._join()
+        dx = self._fastest(dy, weight, None, ds, call, adapters, routing, factor=FACTOR_A)
+        self._grad(x, ds, call, adapters, routing, grad=GRAD_A, beside=self._concurrent)
         return dx
 
     def fuses_swiglu(self, fc1: LinearAdapters, fc2: LinearAdapters, routing: Routing) -> bool:
@@ -237,22 +231,6 @@ class TritonBackend:
         )  # fmt: skip
         return self._input_gradients(dy, ds1, with_rows(x), weights[0], call1, fc1, routing, needs_dx=needs_dx)
 
-    def _fork(self) -> None:
-        """Let the stream of high priority wait for the current one; `_join` is the way back.
-
-        Note: the product's last wave leaves multiprocessors idle (8192 x 4096 outputs are 7.8 waves of 132); the pass
-        over X that runs beside it fills them. Both only need dS. The result was allocated on the current stream,
-        which waits in `_join`, so the allocator needs to know nothing.
-        """
-        if self._stream is not None:
-            self._forked.record(torch.cuda.current_stream(self.device))
-            self._stream.wait_event(self._forked)
-
-    def _join(self) -> None:
-        if self._stream is not None:
-            self._joined.record(self._stream)
-            torch.cuda.current_stream(self.device).wait_event(self._joined)
-
     def _call(self, adapters: LinearAdapters, routing: Routing) -> Call | None:
         active = [adapters.by_slot[segment.slot] for segment in routing.segments if segment.slot in adapters.by_slot]
         if not active:
@@ -313,7 +291,6 @@ class TritonBackend:
         routing: Routing,
         *,
         factor: int,
-        out: torch.Tensor | None = None,
     ) -> Way:
         """How the product is computed: the way that is fastest here, measured when the problem is first seen."""
         forward = factor == FACTOR_B
@@ -335,7 +312,7 @@ class TritonBackend:
         if choice not in by_name:
             if torch.cuda.is_current_stream_capturing():
                 return ways[0]
-            run = partial(self._product, factor=factor, out=out)
+            run = partial(self._product, factor=factor)
             arguments = (z, weight, bias, q, call, adapters, routing)
             choice = self._tuner.measure(
                 problem,
@@ -372,8 +349,6 @@ class TritonBackend:
         routing: Routing,
         *,
         factor: int,
-        out: torch.Tensor | None = None,
-        stream: torch.cuda.Stream | None = None,
     ) -> torch.Tensor:
         """The frozen product with the adapters' part in it."""
         forward = factor == FACTOR_B
@@ -386,22 +361,22 @@ class TritonBackend:
             "drop": call.drop and not forward,
             "align": call.slots.align,
             # A dependent launch follows its predecessor on one stream; beside it there is none.
-            "overlap": self._overlap and (forward or self._stream is None),
+            "overlap": self._overlap,
         }
         if way.kind == HOPPER:
             return hopper_product(
                 z, weight, bias, q, *operands,
-                programs=self._programs, group=way.group, stream=stream, out=out, **shared,
+                programs=self._programs, group=way.group,
+                arrivals=self._zeros("arrivals", 2), cache_bytes=self._cache_bytes, **shared,
             )  # fmt: skip
         if way.kind == FUSED:
             config = ProductConfig(group=way.group)
             return product(
                 z, weight, bias, q, *operands, config=config, programs=self._programs,
-                pure=is_pure(routing, config.block_m), stream=stream, out=out, **shared,
+                pure=is_pure(routing, config.block_m), **shared,
             )  # fmt: skip
-        with torch.cuda.stream(stream):  # of None: the current one
-            y = F.linear(z, weight, bias) if forward else torch.mm(z, weight, out=out)
-            expand_(y, q, *operands, **shared)
+        y = F.linear(z, weight, bias) if forward else torch.mm(z, weight)
+        expand_(y, q, *operands, **shared)
         return y
 
     def _dy_products(
@@ -424,7 +399,15 @@ class TritonBackend:
         )  # fmt: skip
 
     def _grad(
-        self, z: torch.Tensor, q: torch.Tensor, call: Call, adapters: LinearAdapters, routing: Routing, *, grad: int
+        self,
+        z: torch.Tensor,
+        q: torch.Tensor,
+        call: Call,
+        adapters: LinearAdapters,
+        routing: Routing,
+        *,
+        grad: int,
+        beside: bool = False,
     ) -> None:
         of_a = grad == GRAD_A
         chunks, split = self._chunks(routing, strips=-(-z.shape[1] // 128), most=1024)
@@ -433,7 +416,7 @@ class TritonBackend:
             z, q, call.slots.table, chunks, routing.row_keys, self._zeros("grad", counters),
             grad=grad, row_projection=None if of_a else adapters.row_projection, module_key=signed(adapters.module_key),
             feature_offset=adapters.feature_offset, drop=call.drop and of_a, split=split, align=call.slots.align,
-            overlap=self._overlap,
+            overlap=self._overlap, beside=beside,
         )  # fmt: skip
 
     def _chunks(

@@ -176,15 +176,16 @@ def sweep_swiglu_grad(fc1: Shape, fc2: Shape) -> Iterable[tuple[str, Callable[[]
 
 def sweep_product(shape: Shape, forward: bool) -> Iterable[tuple[str, Callable[[], object]]]:
     """The frozen product with the adapter's part."""
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    properties = torch.cuda.get_device_properties(0)
     shared = {
         "factor": 1 if forward else 0, "tile": TILE, "module_key": 99, "feature_offset": 0, "drop": not forward,
-        "align": shape.align, "programs": processors, "overlap": True,
+        "align": shape.align, "programs": properties.multi_processor_count, "overlap": True,
     }  # fmt: skip
     z, q = (shape.x, shape.s) if forward else (shape.dy, shape.ds)
     operands = (z, shape.w, None, q, shape.table, shape.tile_slots, shape.keys)
+    own = {"arrivals": torch.zeros(2, dtype=torch.int32, device="cuda"), "cache_bytes": properties.L2_cache_size}
     for group in (4, 8, 16, 32):
-        yield f"hopper group {group}", lambda group=group: hopper_product(*operands, group=group, **shared)
+        yield f"hopper group {group}", lambda group=group: hopper_product(*operands, group=group, **own, **shared)
     for base, group in itertools.product(TILES, (8, 16)):
         config = ProductConfig(**base, group=group)
         yield (

@@ -19,7 +19,7 @@ class Compiled:
         self.launches = []
 
     def __getitem__(self, grid):
-        return lambda *values, stream=None: self.launches.append((grid, values, stream))
+        return lambda *values: self.launches.append((grid, values))
 
 
 class Watched(JITFunction):
@@ -51,7 +51,7 @@ def test_the_same_facts_launch_the_compiled_kernel_with_addresses(watched):
     launch((1, 1, 1), (x, 32, 7, y), options={"num_warps": 4}, SIZE=16)
     launch((5, 2, 1), (y, 48, 9, x), options={"num_warps": 4}, SIZE=16)
     assert watched.seen == [((1, 1, 1), (x, 32, 7, y), {"SIZE": 16, "num_warps": 4})]
-    assert watched.compiled[0].launches == [((5, 2, 1), (y.data_ptr(), 48, 9, x.data_ptr(), 16), None)]
+    assert watched.compiled[0].launches == [((5, 2, 1), (y.data_ptr(), 48, 9, x.data_ptr(), 16))]
 
 
 @pytest.mark.parametrize(

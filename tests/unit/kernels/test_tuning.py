@@ -95,6 +95,16 @@ def test_a_file_cut_off_by_a_crash_is_measured_again(tmp_path, milliseconds):
     assert Tuner(path).known(problem()) == "a"
 
 
+def test_choices_of_another_process_are_kept(tmp_path, milliseconds):
+    path = tmp_path / "choices.json"
+    one, two = Tuner(path), Tuner(path)
+    milliseconds |= {"a": 1.0, "b": 2.0}
+    candidates = {name: lambda name=name: name for name in "ab"}
+    one.measure(problem(tokens=64), candidates)
+    two.measure(problem(tokens=128), candidates)
+    assert [Tuner(path).known(problem(tokens=tokens)) for tokens in (64, 128)] == ["a", "a"]
+
+
 def test_what_has_no_room_is_left_out(milliseconds):
     def too_large():
         raise triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory")
