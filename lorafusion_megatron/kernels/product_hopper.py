@@ -123,7 +123,8 @@ def _copy(
                 tma.async_copy_global_to_shared(w_desc, [k, col], bar, w_ring.index(at))
             step += 1
     if IN_STEP < _NEVER:
-        if gl.atomic_add(arrivals + 1, 1, sem="relaxed") == programs - 1:
+        ended = gl.atomic_add(arrivals + 1, 1, sem="relaxed")
+        if ended == programs - 1:
             gl.store(arrivals, 0)
             gl.store(arrivals + 1, 0)
 

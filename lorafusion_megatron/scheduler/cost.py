@@ -77,9 +77,10 @@ class DeviceRates:
     """Flash attention forward, flop/s; its backward does 2.5 times the work at the same rate."""
     memory_bytes: float = 2.4e12
     """Reads and writes of device memory, byte/s."""
-    adapter_bytes: float = 0.85e12
+    adapter_bytes: float = 1.4e12
     """Bytes of the linears' inputs and outputs that the adapters' passes take, byte/s, with what the products lose to
-    the adapters' part in them: 0.66e12 in the one model and 1.1e12 in the other, nearly the same for ranks up to 32."""
+    the adapters' part in them: 1.9e12 in the one model's runs, 1.2e12 for the other's linears one by one, nearly
+    the same for ranks up to 32."""
     launch_seconds: float = 4e-6
     """Per kernel."""
     stage_seconds: float = 150e-6
