@@ -23,7 +23,7 @@ from ..training.rack import InjectedModel
 from ..training.setup import Prepared, linear_layouts, prepare, world_size
 from ..training.signals import StopRequest
 from ..training.trainer import Trainer
-from ..types import ModelSpec
+from ..types import ModelSpec, Topology
 from .megatron_lm.base import configure, with_layers_of
 
 
@@ -79,6 +79,7 @@ def accept_models(models: Sequence[torch.nn.Module], prepared: Prepared, groups:
         model = _language_model(chunk)
         config = get_model_config(model)
         _check_model(model, config, prepared.spec)
+        _check_sequence_parallel(config, prepared.topology)
         prepare_base(model, prepared.spec)
         configure(config)
         targets += inject(
@@ -159,6 +160,17 @@ def _check_model(model: Any, config: Any, spec: ModelSpec) -> None:
     ):
         if getattr(config, name) != wanted:
             raise _unfit(f"the model's {name} is {getattr(config, name)}", f"base_model.path has {wanted}")
+
+
+def _check_sequence_parallel(config: Any, topology: Topology) -> None:
+    theirs = config.sequence_parallel and topology.tensor_parallel > 1
+    if theirs != topology.sequence_parallel:
+        raise UserError(
+            f"{topology.sequence_parallel} in the run file, {theirs} in the models' configuration",
+            rule="microbatches are padded to what the layers divide among ranks",
+            remedy="make them equal",
+            key="model.sequence_parallel",
+        )
 
 
 def _unfit(given: str, rule: str) -> UserError:

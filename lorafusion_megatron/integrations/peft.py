@@ -53,7 +53,7 @@ def fuse(model: nn.Module, *, backend: Backend | None = None) -> FuseReport:
         How many were fused, and why others were not. Fusing twice changes nothing.
 
     Raises:
-        UserError: the model holds no LoRA linear.
+        UserError: the model holds no LoRA linear, or the backend that was given can't compute one of them.
 
     Note: the same numbers to rounding in the activations' dtype. Adapters that PEFT keeps in fp32 beside a 16-bit
     base are rounded to the activations' dtype where they are used (their gradients stay fp32): what mixed precision
@@ -75,6 +75,8 @@ def fuse(model: nn.Module, *, backend: Backend | None = None) -> FuseReport:
     left: Counter[str] = Counter()
     names: set[str] = set()
     fused = 0
+    if backend is not None:
+        _check_backend(backend, layers)
     for layer in layers:
         reason = reason_unsupported(layer)
         if reason is None:
@@ -116,6 +118,19 @@ def reason_unsupported(layer: nn.Module) -> str | None:
     if not base.weight.dtype.is_floating_point or base.weight.element_size() < 2:
         return f"base weight is {base.weight.dtype}"
     return None
+
+
+def _check_backend(backend: Backend, layers: list[nn.Module]) -> None:
+    for layer in layers:
+        if reason_unsupported(layer) is None:
+            weight = layer.get_base_layer().weight
+            reason = backend.reason_unsupported(weight, weight)
+            if reason is not None:
+                raise UserError(
+                    f"the {backend.name} backend can't compute a linear of this model: {reason}",
+                    rule="the backend that is given computes every LoRA linear",
+                    remedy="leave it out (each device then gets its own), or give one that fits",
+                )
 
 
 def _default_backend(weight: torch.Tensor) -> Backend:

@@ -82,6 +82,8 @@ class TritonBackend:
         """Why these tensors can't go through the kernels; None where they can."""
         if x.device.type != "cuda" and not self.interpret:
             return f"the kernels need a GPU; the input is on {x.device.type}"
+        if x.device.type == "cuda" and x.device != self.device:
+            return f"this backend is for {self.device}; the input is on {x.device}"
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"the kernels compute in float32, bfloat16 or float16, not {x.dtype}"
         if x.dtype != weight.dtype:

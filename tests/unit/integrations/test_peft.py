@@ -1,6 +1,7 @@
 """A PEFT model with fused linears against itself without."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -168,3 +169,13 @@ def test_dora_and_trained_bases_are_left_with_a_reason(caplog):
 def test_not_a_peft_model():
     with pytest.raises(UserError, match="Net has no LoRA layers; fuse works on PEFT models; get_peft_model first"):
         fuse(Net())
+
+
+def test_a_backend_that_cannot_compute_the_model_is_refused_before_anything_changes():
+    model = peft_model()
+    backend = SimpleNamespace(name="triton", reason_unsupported=lambda x, weight: "the kernels need a GPU")
+    with pytest.raises(UserError, match=r"the triton backend can.t compute .*: the kernels need a GPU.*leave it out"):
+        fuse(model, backend=backend)
+            model, backend=SimpleNamespace(name="triton", reason_unsupported=lambda x, weight: "the kernels need a GPU")
+        )
+    assert unfuse(model) == 0

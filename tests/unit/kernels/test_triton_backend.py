@@ -4,6 +4,7 @@ import os
 import random
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -223,6 +224,10 @@ def test_reasons():
     assert "float64" in backend().reason_unsupported(x.double(), w.double())
     assert "one type" in backend().reason_unsupported(x, w.half())
     assert backend().reason_unsupported(x, w) is None
+    second = SimpleNamespace(device=torch.device("cuda", 1))
+    assert TritonBackend("cuda:0").reason_unsupported(second, second) == (
+        "this backend is for cuda:0; the input is on cuda:1"
+    )
 
 
 def test_foreign_tile_is_refused():
