@@ -106,6 +106,21 @@ def _factor_grad_kernel(
 _launch = Launcher(_factor_grad_kernel)
 
 
+def gradient_parts(
+    z: torch.Tensor, q: torch.Tensor, table: torch.Tensor, chunks: torch.Tensor, *, split: bool
+) -> torch.Tensor:
+    """Room for the chunks' parts of the gradient, ``[chunks, features, width]`` in fp32.
+
+    Args:
+        z, q, table, chunks: as in `factor_grad`.
+        split: whether any adapter's rows are cut into several chunks.
+    """
+    if not split:
+        # Not read; of one type in both cases, or the kernel would be compiled for each.
+        return table.view(torch.float32)
+    return torch.empty(chunks.shape[0], z.shape[1], q.shape[1], dtype=torch.float32, device=z.device)
+
+
 def factor_grad(
     z: torch.Tensor,
     q: torch.Tensor,
@@ -113,13 +128,13 @@ def factor_grad(
     chunks: torch.Tensor,
     keys: torch.Tensor,
     counters: torch.Tensor,
+    parts: torch.Tensor,
     *,
     grad: int,
     row_projection: torch.Tensor | None,
     module_key: int,
     feature_offset: int,
     drop: bool,
-    split: bool,
     align: int,
     overlap: bool,
     beside: bool = False,
@@ -137,14 +152,15 @@ def factor_grad(
         chunks: chunk table.
         keys: int32 ``[tokens, 2]``.
         counters: int32, zeros, at least chunks * strips * blocks; zeros again afterwards.
+        parts: of `gradient_parts`.
         grad: `GRAD_A` (stored as ``[columns, features]``) or `GRAD_B` (``[features, columns]``).
         row_projection: int32 ``[features]``, for B's gradient of a fused linear.
         module_key, feature_offset, drop: as in `down.down`.
-        split: whether any adapter's rows are cut into several chunks.
         align: of `tables.table_alignment`.
         overlap: of `overlap.await_predecessor`.
-        beside: whether to run beside the kernel before this one, in the places that it leaves. That one must have been
-            launched with ``overlap`` and write nothing that this one reads; what it has waited for is done here too.
+        beside: whether to run beside the kernel before this one, in the places that it leaves. That one must write
+            nothing that this one reads, and let its successor begin only when what this one reads is done. So nothing
+            else may be launched in between: counters and parts are made before it.
 
     Note: the product before it is persistent, and its programs work in step so that they share what they read through
     the L2. They are all in place before this kernel starts (the product lets it start, each program once), and it
@@ -155,13 +171,10 @@ def factor_grad(
     rb = min(power_of_two(width), 64)
     bn, bt = (block_n, block_t) if z.element_size() == 2 else (block_n // 2, block_t // 2)
     num_chunks = chunks.shape[0]
-    partial = table.view(torch.float32)  # not read; of one type in both cases, or the kernel would be compiled for each
-    if split:
-        partial = torch.empty(num_chunks, features, width, dtype=torch.float32, device=z.device)
     _launch(
         (cdiv(features, bn), num_chunks, cdiv(width, rb)),
         (
-            z, z.stride(0), q, width, partial, counters, table, chunks, keys, row_projection,
+            z, z.stride(0), q, width, parts, counters, table, chunks, keys, row_projection,
             features, table.shape[0], module_key, feature_offset,
         ),
         GRAD=grad, DROP=drop, PROJECTED=row_projection is not None, EVEN=features % bn == 0,

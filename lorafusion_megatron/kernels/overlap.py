@@ -9,7 +9,8 @@ def await_predecessor(OVERLAP: tl.constexpr):
     """Wait until the kernels before this one are done and their writes seen; then let the next one be placed.
 
     Note: the first statement of every kernel that is launched with ``launch_pdl``, before it reads or writes
-    anything. Hides a launch's latency and ramp, 2 to 3 microseconds, of which a linear has five or six.
+    anything (`factor_grad` beside a product excepted). Hides a launch's latency and ramp, 2 to 3 microseconds, of
+    which a linear has five or six.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()

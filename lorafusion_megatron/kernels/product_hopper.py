@@ -123,7 +123,7 @@ def _copy(
                 tma.async_copy_global_to_shared(w_desc, [k, col], bar, w_ring.index(at))
             step += 1
     if IN_STEP < _NEVER:
-        ended = gl.atomic_add(arrivals + 1, 1, sem="relaxed")
+        ended = gl.atomic_add(arrivals + 1, 1, sem="acq_rel")  # every arrival comes before the last end
         if ended == programs - 1:
             gl.store(arrivals, 0)
             gl.store(arrivals + 1, 0)
@@ -386,7 +386,8 @@ def hopper_product(
     (tokens, inner), width = z.shape, w.shape[0 if forward else 1]
     y = z.new_empty(tokens, width)
     tiles = -(-tokens // BM) * -(-width // BN)
-    at_a_time = (group * BM + programs / group * BN) * inner * z.element_size()
+    rows = min(group * BM, tokens)
+    at_a_time = (rows + min(programs * BM * BN // rows, width)) * inner * z.element_size()
     _launch(
         (min(programs, tiles), 1, 1),
         (

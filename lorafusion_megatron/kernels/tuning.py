@@ -71,7 +71,7 @@ class Tuner:
     """Chooses among candidates by measuring them once.
 
     Args:
-        path: file of the choices; None keeps them in memory.
+        path: file of the choices among all ways; None keeps them in memory.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -98,26 +98,28 @@ class Tuner:
             runs[name] = run
         times = _median_ms(runs) if runs else {EXPAND: 0.0}
         choice = min(times, key=times.__getitem__)
-        self._choices[_name(problem)] = choice
-        self._save()
+        added = {_name(problem): choice}
+        self._choices |= added
+        self._save(added)
         return choice
 
     def _saved(self) -> dict[str, str]:
         """The file's choices; none where there is no file or a crash cut it off, and they are measured again."""
         try:
-            return json.loads(self.path.read_text()) if self.path is not None else {}
+            saved = json.loads(self.path.read_text()) if self.path is not None else {}
         except (FileNotFoundError, ValueError):
             return {}
+        return saved if isinstance(saved, dict) else {}
 
-    def _save(self) -> None:
+    def _save(self, added: dict[str, str]) -> None:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Ranks of one machine write side by side: each keeps what others have added and replaces the file whole. What
         # is lost between the two is measured again.
-        self._choices = self._saved() | self._choices
+        saved = self._saved() | added
         temporary = self.path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(self._choices, indent=1, sort_keys=True))
+        temporary.write_text(json.dumps(saved, indent=1, sort_keys=True))
         temporary.replace(self.path)
 
 

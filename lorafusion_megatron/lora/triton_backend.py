@@ -1,5 +1,6 @@
 """The Triton backend: the fused kernels over any number of adapters, each launch serving all of a microbatch's."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ from ..kernels import tables
 from ..kernels.down import down
 from ..kernels.dy_pass import dy_pass
 from ..kernels.expand import expand_
-from ..kernels.factor_grad import factor_grad
+from ..kernels.factor_grad import factor_grad, gradient_parts
 from ..kernels.launch import power_of_two
 from ..kernels.product import ProductConfig, product
 from ..kernels.product_hopper import hopper_product
@@ -42,7 +43,7 @@ class TritonBackend:
 
     Note: never synchronises with the host; capturable in a CUDA graph after one call outside it, which builds the
     tables and the counters. Saves S in x's dtype and nothing else of the size of the tokens.
-    Calls share counters and events: one thread at a time.
+    Calls share counters: one thread and one stream at a time.
     """
 
     name = "triton"
@@ -76,7 +77,8 @@ class TritonBackend:
             self._bulk_copies = self._overlap = properties.major >= 9
             self._hopper = properties.major == 9
             self._cache_bytes = properties.L2_cache_size
-            self._tuner = Tuner(cache_path(self.device))
+            # What is best of fewer ways is no answer for a process that may take all.
+            self._tuner = Tuner(cache_path(self.device) if strategy == "auto" else None)
 
     def reason_unsupported(self, x: torch.Tensor, weight: torch.Tensor) -> str | None:
         """Why these tensors can't go through the kernels; None where they can."""
@@ -157,10 +159,12 @@ class TritonBackend:
     ) -> torch.Tensor | None:
         """dx, and dA into the gradients."""
         if not needs_dx:
-            self._grad(x, ds, call, adapters, routing, grad=GRAD_A)
+            self._prepared_grad(x, ds, call, adapters, routing, grad=GRAD_A)()
             return None
+        # The product and dA are launched one right after the other: what dA needs is made before.
+        add_da = self._prepared_grad(x, ds, call, adapters, routing, grad=GRAD_A, beside=self._concurrent)
         dx = self._fastest(dy, weight, None, ds, call, adapters, routing, factor=FACTOR_A)
-        self._grad(x, ds, call, adapters, routing, grad=GRAD_A, beside=self._concurrent)
+        add_da()
         return dx
 
     def fuses_swiglu(self, fc1: LinearAdapters, fc2: LinearAdapters, routing: Routing) -> bool:
@@ -362,7 +366,6 @@ class TritonBackend:
             "feature_offset": adapters.feature_offset,
             "drop": call.drop and not forward,
             "align": call.slots.align,
-            # A dependent launch follows its predecessor on one stream; beside it there is none.
             "overlap": self._overlap,
         }
         if way.kind == HOPPER:
@@ -389,7 +392,7 @@ class TritonBackend:
         strips = -(-dy.shape[1] // strip)
         fits = 4 * dy.shape[0] * call.width * strips <= self._cache_bytes
         if call.width > (WIDEST_JOINT if fits else WIDEST_UNCACHED):
-            self._grad(dy, s, call, adapters, routing, grad=GRAD_B)
+            self._prepared_grad(dy, s, call, adapters, routing, grad=GRAD_B)()
             return self._down(dy, call, adapters, routing, factor=FACTOR_B, drop=False)
         chunks, split = self._chunks(routing, strips=strips, most=2048)
         return dy_pass(
@@ -400,7 +403,7 @@ class TritonBackend:
             overlap=self._overlap,
         )  # fmt: skip
 
-    def _grad(
+    def _prepared_grad(
         self,
         z: torch.Tensor,
         q: torch.Tensor,
@@ -410,14 +413,16 @@ class TritonBackend:
         *,
         grad: int,
         beside: bool = False,
-    ) -> None:
+    ) -> Callable[[], None]:
+        """What adds a factor's gradient, with all at hand that it needs."""
         of_a = grad == GRAD_A
         chunks, split = self._chunks(routing, strips=-(-z.shape[1] // 128), most=1024)
         counters = chunks.shape[0] * -(-z.shape[1] // 64) * -(-call.width // 64)
-        factor_grad(
-            z, q, call.slots.table, chunks, routing.row_keys, self._zeros("grad", counters),
+        return partial(
+            factor_grad, z, q, call.slots.table, chunks, routing.row_keys, self._zeros("grad", counters),
+            gradient_parts(z, q, call.slots.table, chunks, split=split),
             grad=grad, row_projection=None if of_a else adapters.row_projection, module_key=signed(adapters.module_key),
-            feature_offset=adapters.feature_offset, drop=call.drop and of_a, split=split, align=call.slots.align,
+            feature_offset=adapters.feature_offset, drop=call.drop and of_a, align=call.slots.align,
             overlap=self._overlap, beside=beside,
         )  # fmt: skip
 

@@ -18,7 +18,7 @@ import triton
 from lorafusion_megatron.kernels import dropout, tables
 from lorafusion_megatron.kernels.down import down
 from lorafusion_megatron.kernels.dy_pass import dy_pass
-from lorafusion_megatron.kernels.factor_grad import factor_grad
+from lorafusion_megatron.kernels.factor_grad import factor_grad, gradient_parts
 from lorafusion_megatron.kernels.product import ProductConfig, product
 from lorafusion_megatron.kernels.product_hopper import hopper_product
 from lorafusion_megatron.kernels.swiglu import swiglu_down, swiglu_grad
@@ -113,12 +113,12 @@ def sweep_grad(shape: Shape) -> Iterable[tuple[str, Callable[[], object]]]:
         if bn * bt * stages * 2 > 150_000 or shape.k // bn * shape.tokens // rows < 64:
             continue
         chunks, split = shape.chunks(rows)
+        parts = gradient_parts(shape.x, shape.ds, shape.table, chunks, split=split)
         yield (
             f"bn{bn} bt{bt} stages{stages} warps{warps} rows{rows}",
-            lambda bn=bn, bt=bt, stages=stages, warps=warps, chunks=chunks, split=split: factor_grad(
-                shape.x, shape.ds, shape.table, chunks, shape.keys, shape.counters, grad=2, row_projection=None,
-                module_key=99, feature_offset=0, drop=True, split=split, align=shape.align, overlap=True, block_n=bn,
-                block_t=bt,
+            lambda bn=bn, bt=bt, stages=stages, warps=warps, chunks=chunks, parts=parts: factor_grad(
+                shape.x, shape.ds, shape.table, chunks, shape.keys, shape.counters, parts, grad=2, row_projection=None,
+                module_key=99, feature_offset=0, drop=True, align=shape.align, overlap=True, block_n=bn, block_t=bt,
                 num_stages=stages, num_warps=warps,
             ),
         )  # fmt: skip

@@ -15,10 +15,13 @@ if not torch.cuda.is_available():
 # The cases are shared with the tests under the interpreter.
 sys.path.append(str(Path(__file__).parents[1] / "unit" / "kernels"))
 
-from kernel_cases import as_dtype, masks_drawn, random_case, random_keys, run, worst_ratio
+from kernel_cases import TILE, as_dtype, masks_drawn, random_case, random_keys, run, worst_ratio
 from mlp_cases import random_mlp, worst_mlp_ratio
 
-from lorafusion_megatron.kernels import dropout
+from lorafusion_megatron.kernels import dropout, product_hopper
+from lorafusion_megatron.kernels.tuning import GROUPS
+from lorafusion_megatron.lora import triton_backend
+from lorafusion_megatron.lora.routing import RoutedSegment, build_routing
 from lorafusion_megatron.lora.triton_backend import TritonBackend
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -48,7 +51,8 @@ def test_error_is_that_of_eager(seed, dtype, strategy):
 
 
 @pytest.mark.parametrize("block", range(-(-ROUTINGS // AT_ONCE)))
-def test_random_routings(block):
+def test_random_routings(block, monkeypatch):
+    monkeypatch.setattr(triton_backend, "GROUPS", (GROUPS[block % len(GROUPS)],))
     backends = {strategy: TritonBackend(strategy=strategy) for strategy in ("hopper", "fused", "expand")}
     for backend in backends.values():
         backend._tuner = None  # every size is new: measuring each would take longer than all the kernels
@@ -74,9 +78,10 @@ def test_llama_shape():
     assert worst_ratio(TritonBackend(), case) <= 1.5
 
 
-@pytest.mark.parametrize("size", [(28672, 1536), (1280, 28672), (8192, 11264)], ids=str)
-def test_programs_kept_in_step(size):
-    """Inner sizes whose rows and columns the L2 does not hold, in either direction; tiles for one to five rounds."""
+@pytest.mark.parametrize("size", [(28672, 1536), (1280, 28672), (8264, 11272)], ids=str)
+def test_programs_kept_in_step(size, monkeypatch):
+    """Inner sizes whose rows and columns the L2 does not hold, one of them no multiple of the places to wait at."""
+    steps = launches_in_step(monkeypatch)
     case = random_case(2, tokens=3000, size=size, slots=3, dtype=torch.bfloat16, device="cuda", ranks=[16, 40])
     backend = TritonBackend(strategy="hopper")
     assert worst_ratio(backend, case) <= 1.5
@@ -84,6 +89,81 @@ def test_programs_kept_in_step(size):
     assert torch.equal(first.y, second.y)
     assert torch.equal(first.dx, second.dx)
     assert all(not counters.any() for counters in backend._counters.values())
+    if torch.cuda.get_device_capability()[0] == 9:
+        assert product_hopper.STEPS_APART in steps
+
+
+def launches_in_step(monkeypatch) -> set[int]:
+    """Every IN_STEP that the Hopper product is launched with from now on."""
+    seen, launch = set(), product_hopper._launch
+
+    def watched(grid, arguments, **constants):
+        seen.add(constants["IN_STEP"])
+        launch(grid, arguments, **constants)
+
+    monkeypatch.setattr(product_hopper, "_launch", watched)
+    return seen
+
+
+def test_programs_that_have_no_multiprocessor_are_not_waited_for_without_end():
+    """Another stream's kernel holds multiprocessors while the product begins; the counters end as they began."""
+    case = random_case(4, tokens=3000, size=(8192, 2048), slots=2, dtype=torch.bfloat16, device="cuda", ranks=[16])
+    backend = TritonBackend(strategy="hopper")
+    want = run(backend, case)
+    matrix, side = torch.randn(4096, 4096, device="cuda"), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        for _ in range(20):
+            matrix @ matrix
+    got = run(backend, case)
+    torch.cuda.synchronize()
+    assert torch.equal(got.y, want.y)
+    assert torch.equal(got.dx, want.dx)
+    assert all(not counters.any() for counters in backend._counters.values())
+
+
+@pytest.mark.parametrize("strategy", ["hopper", "fused", "expand"])
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_what_follows_da_finds_dx_done(strategy, graph):
+    """dA does not wait for the product and is done long before it here; a copy, a dependent launch and another stream
+    that come after dA must see all of dx."""
+    case = random_case(6, tokens=2048, size=(1024, 28672), slots=1, dtype=torch.bfloat16, device="cuda", ranks=[16])
+    routing = build_routing(
+        [RoutedSegment(slot=0, start=2048 - TILE, stop=2048)],
+        num_tokens=2048,
+        tile=TILE,
+        row_keys=case.routing.row_keys,
+    )
+    backend, side = TritonBackend(strategy=strategy), torch.cuda.Stream()
+    _, s = backend.forward(case.x, case.weight, None, case.adapters, routing)
+    want = backend.backward(case.dy, case.x, case.weight, s, case.adapters, routing, needs_dx=True).clone()
+    want_s = backend.forward(want, case.weight, None, case.adapters, routing)[1].clone()
+    torch.cuda.synchronize()
+
+    def follow() -> list[torch.Tensor]:
+        poison = torch.full_like(want, float("nan"))  # dx is likely to get this memory
+        del poison
+        dx = backend.backward(case.dy, case.x, case.weight, s, case.adapters, routing, needs_dx=True)
+        again = backend.forward(dx, case.weight, None, case.adapters, routing)[1]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            beside = dx.clone()
+        copy = dx.clone()
+        torch.cuda.current_stream().wait_stream(side)
+        return [copy, beside, again]
+
+    if graph:
+        follow()
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            results = follow()
+        captured.replay()
+    else:
+        results = follow()
+    torch.cuda.synchronize()
+    assert torch.equal(results[0], want)
+    assert torch.equal(results[1], want)
+    assert torch.equal(results[2][-TILE:], want_s[-TILE:])
 
 
 def test_nothing_unwritten_is_read():

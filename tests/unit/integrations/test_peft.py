@@ -176,6 +176,4 @@ def test_a_backend_that_cannot_compute_the_model_is_refused_before_anything_chan
     backend = SimpleNamespace(name="triton", reason_unsupported=lambda x, weight: "the kernels need a GPU")
     with pytest.raises(UserError, match=r"the triton backend can.t compute .*: the kernels need a GPU.*leave it out"):
         fuse(model, backend=backend)
-            model, backend=SimpleNamespace(name="triton", reason_unsupported=lambda x, weight: "the kernels need a GPU")
-        )
     assert unfuse(model) == 0

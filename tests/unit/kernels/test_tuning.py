@@ -105,6 +105,28 @@ def test_choices_of_another_process_are_kept(tmp_path, milliseconds):
     assert [Tuner(path).known(problem(tokens=tokens)) for tokens in (64, 128)] == ["a", "a"]
 
 
+@pytest.mark.parametrize("text", ["null", "[]", '{"a'])
+def test_a_file_that_holds_something_else_is_measured_again(tmp_path, milliseconds, text):
+    path = tmp_path / "choices.json"
+    path.write_text(text)
+    tuner = Tuner(path)
+    assert tuner.known(problem()) is None
+    milliseconds["a"] = 1.0
+    tuner.measure(problem(), {"a": lambda: "a"})
+    assert Tuner(path).known(problem()) == "a"
+
+
+def test_an_older_choice_does_not_replace_what_another_process_chose_since(tmp_path, milliseconds):
+    path = tmp_path / "choices.json"
+    old = Tuner(path)
+    milliseconds |= {"a": 1.0, "b": 2.0}
+    old.measure(problem(), {name: lambda name=name: name for name in "ab"})
+    milliseconds["a"] = 3.0
+    Tuner(path).measure(problem(), {name: lambda name=name: name for name in "ab"})
+    old.measure(problem(tokens=64), {"a": lambda: "a"})
+    assert Tuner(path).known(problem()) == "b"
+
+
 def test_what_has_no_room_is_left_out(milliseconds):
     def too_large():
         raise triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory")
