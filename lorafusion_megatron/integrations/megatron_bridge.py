@@ -134,13 +134,13 @@ def _check_layout(run: RunConfig) -> None:
             parallel_state.get_virtual_pipeline_model_parallel_world_size(),
         ),
     ):
-        if ours != theirs:
-            raise UserError(
-                f"{ours} in the run file, {theirs} in Megatron's process groups",
-                rule="the models lie over the ranks as their builder laid them out",
-                remedy="make them equal",
-                key=f"model.{key}",
-            )
+        _check_equal(
+            key,
+            ours,
+            theirs,
+            "Megatron's process groups",
+            rule="the models lie over the ranks as their builder laid them out",
+        )
 
 
 def _check_model(model: Any, config: Any, spec: ModelSpec) -> None:
@@ -163,13 +163,19 @@ def _check_model(model: Any, config: Any, spec: ModelSpec) -> None:
 
 
 def _check_sequence_parallel(config: Any, topology: Topology) -> None:
-    theirs = config.sequence_parallel and topology.tensor_parallel > 1
-    if theirs != topology.sequence_parallel:
+    _check_equal(
+        "sequence_parallel",
+        topology.sequence_parallel,
+        config.sequence_parallel and topology.tensor_parallel > 1,
+        "the models' configuration",
+        rule="microbatches are padded to what the layers divide among ranks",
+    )
+
+
+def _check_equal(key: str, ours: Any, theirs: Any, where: str, *, rule: str) -> None:
+    if ours != theirs:
         raise UserError(
-            f"{topology.sequence_parallel} in the run file, {theirs} in the models' configuration",
-            rule="microbatches are padded to what the layers divide among ranks",
-            remedy="make them equal",
-            key="model.sequence_parallel",
+            f"{ours} in the run file, {theirs} in {where}", rule=rule, remedy="make them equal", key=f"model.{key}"
         )
 
 

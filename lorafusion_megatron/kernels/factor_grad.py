@@ -6,7 +6,7 @@ import triton.language as tl
 
 from .launch import Launcher, cdiv, power_of_two
 from .masks import keep_signs, keep_where, load_keys
-from .overlap import await_predecessor, launch_options, outlast_predecessor, release_successor
+from .overlap import await_predecessor, launch_options, outlast_predecessor
 from .tables import (
     CHUNK_FIELDS,
     FIELDS,
@@ -66,8 +66,7 @@ def _factor_grad_kernel(
     BESIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One chunk of rows by one strip of BN features by one block of RB columns."""
-    await_predecessor(OVERLAP and not BESIDE)
-    release_successor(BESIDE)
+    await_predecessor(OVERLAP, BESIDE)
     strip, chunk, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     entry = chunks + chunk * CHUNK_FIELDS
     slot, start, stop = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
@@ -170,9 +169,8 @@ def factor_grad(
     features, width = z.shape[1], q.shape[1]
     rb = min(power_of_two(width), 64)
     bn, bt = (block_n, block_t) if z.element_size() == 2 else (block_n // 2, block_t // 2)
-    num_chunks = chunks.shape[0]
     _launch(
-        (cdiv(features, bn), num_chunks, cdiv(width, rb)),
+        (cdiv(features, bn), chunks.shape[0], cdiv(width, rb)),
         (
             z, z.stride(0), q, width, parts, counters, table, chunks, keys, row_projection,
             features, table.shape[0], module_key, feature_offset,

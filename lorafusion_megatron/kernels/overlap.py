@@ -5,15 +5,16 @@ import triton.language as tl
 
 
 @triton.jit
-def await_predecessor(OVERLAP: tl.constexpr):
+def await_predecessor(OVERLAP: tl.constexpr, BESIDE: tl.constexpr = False):
     """Wait until the kernels before this one are done and their writes seen; then let the next one be placed.
 
     Note: the first statement of every kernel that is launched with ``launch_pdl``, before it reads or writes
-    anything (`factor_grad` beside a product excepted). Hides a launch's latency and ramp, 2 to 3 microseconds, of
-    which a linear has five or six.
+    anything. Hides a launch's latency and ramp, 2 to 3 microseconds, of which a linear has five or six. A kernel that
+    runs beside the one before it does not wait here and ends with `outlast_predecessor`.
     """
     if OVERLAP:
-        tl.extra.cuda.gdc_wait()
+        if not BESIDE:
+            tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
 
 
@@ -28,13 +29,6 @@ def outlast_predecessor(BESIDE: tl.constexpr):
         axes = (tl.program_id(0) + 1 == tl.num_programs(0)) & (tl.program_id(1) + 1 == tl.num_programs(1))
         if axes & (tl.program_id(2) + 1 == tl.num_programs(2)):
             tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def release_successor(BESIDE: tl.constexpr):
-    """Let the next kernel be placed; the first statement of a kernel that does not wait for its predecessor."""
-    if BESIDE:
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 def launch_options(overlap: bool, **options: int) -> dict[str, int]:

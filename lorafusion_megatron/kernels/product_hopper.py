@@ -30,9 +30,8 @@ BM, BN, BK = 2 * ROWS, 256, 64
 STAGES = 4
 WIDEST_FACTOR = 32
 """Columns of an adapter that pass through a group's buffer at once."""
-STEPS_APART, NEVER = 16, 1 << 20
+STEPS_APART = 16
 """Steps between two places where the programs wait for each other: 10 MB that they read in the meantime."""
-_NEVER = gl.constexpr(NEVER)
 _PATIENCE = gl.constexpr(128)
 """Times that a program looks whether the others have arrived, under a microsecond each."""
 _GOLDEN = gl.constexpr(0x9E3779B9)
@@ -94,19 +93,21 @@ def _copy(
     Note: programs read rows of z and columns of w that others read as well, and the memory delivers them once only if
     all read them within what the L2 holds. Nothing else ties the programs to each other: once some are behind, because
     they were placed late or something else uses the memory, they stay there, and the product takes up to twice as long.
-    So every IN_STEP steps each program arrives at a counter, and half as many steps later it waits until all have.
-    It waits a limited time, once: a program that has no multiprocessor yet must not stop the others.
+    So every IN_STEP steps each program arrives at a counter, and half as many steps later it waits until all have
+    (never, where IN_STEP is 0). It waits a limited time, once: a program that has no multiprocessor yet must not stop
+    the others.
     """
     step = 0
     half: gl.constexpr = BM // 2
     tiles, programs = row_blocks * col_blocks, gl.num_programs(0)
-    common, rest = gl.cdiv(tiles // programs * gl.cdiv(inner, BK), IN_STEP), tiles % programs
     patience = _PATIENCE
+    if IN_STEP > 0:
+        common, rest = gl.cdiv(tiles // programs * gl.cdiv(inner, BK), IN_STEP), tiles % programs
     for t in range(gl.program_id(0), tiles, programs):
         row_block, col_block = _place(t, row_blocks, col_blocks, GROUP)
         row, col = row_block * BM, col_block * BN
         for k in range(0, inner, BK):
-            if IN_STEP < _NEVER:
+            if IN_STEP > 0:
                 if step % IN_STEP == 0:
                     gl.atomic_add(arrivals, 1, sem="relaxed")
                 if step % IN_STEP == IN_STEP // 2:
@@ -122,7 +123,7 @@ def _copy(
             else:
                 tma.async_copy_global_to_shared(w_desc, [k, col], bar, w_ring.index(at))
             step += 1
-    if IN_STEP < _NEVER:
+    if IN_STEP > 0:
         ended = gl.atomic_add(arrivals + 1, 1, sem="acq_rel")  # every arrival comes before the last end
         if ended == programs - 1:
             gl.store(arrivals, 0)
@@ -399,7 +400,7 @@ def hopper_product(
         ),
         FACTOR=factor, W_BY_OUTPUT=forward, DROP=drop, BIAS=bias is not None, ALIGN=align,
         KC=min(power_of_two(q.shape[1]), WIDEST_FACTOR), MOST=WIDEST_FACTOR, GROUP=group,
-        IN_STEP=STEPS_APART if at_a_time > cache_bytes else NEVER, OVERLAP=overlap,
+        IN_STEP=STEPS_APART if at_a_time > cache_bytes else 0, OVERLAP=overlap,
         BM=BM, BN=BN, BK=BK, STAGES=STAGES,
         options={"num_warps": 4, "maxnreg": 168},
     )  # fmt: skip
