@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,16 +9,14 @@ import torch.nn.functional as F
 from ..kernels import tables
 from ..kernels.down import down
 from ..kernels.dy_pass import dy_pass
-from ..kernels.expand import expand_
 from ..kernels.factor_grad import factor_grad, gradient_parts
 from ..kernels.launch import power_of_two
-from ..kernels.product import ProductConfig, product
-from ..kernels.product_hopper import hopper_product
 from ..kernels.swiglu import swiglu_down, swiglu_grad
-from ..kernels.tuning import EXPAND, FUSED, GROUPS, HOPPER, Problem, Tuner, Way, cache_path, expand_is_hopeless
 from .adapters import LinearAdapters
 from .routing import Routing
-from .triton_slots import Call, is_pure, make_call, make_slots, signed, with_gaps, with_rows
+from .triton_device import TritonDevice
+from .triton_product import FusedProduct
+from .triton_slots import Call, make_call, make_slots, signed, with_gaps, with_rows
 
 TILE = 64
 """Rows per tile: the smallest that fills the matrix unit; larger ones waste more padding on every layer."""
@@ -57,28 +54,12 @@ class TritonBackend:
         concurrent: bool = True,
         interpret: bool = False,
     ) -> None:
-        self.device = torch.device(device)
+        self._device = TritonDevice.of(device, interpret=interpret)
+        self.device = self._device.device
         self.strategy = strategy
         self.interpret = interpret
-        self._counters: dict[tuple[torch.device, str], torch.Tensor] = {}
-        self._programs = 4
-        self._bulk_copies = interpret
-        self._overlap = False
-        self._hopper = False
         self._concurrent = concurrent
-        self._cache_bytes = 32 << 20
-        self._tuner: Tuner | None = None
-        self._chosen: dict[tuple[Any, ...], Way] = {}
-        if self.device.type == "cuda" and torch.cuda.is_available():
-            if self.device.index is None:
-                self.device = torch.device("cuda", torch.cuda.current_device())
-            properties = torch.cuda.get_device_properties(self.device)
-            self._programs = properties.multi_processor_count
-            self._bulk_copies = self._overlap = properties.major >= 9
-            self._hopper = properties.major == 9
-            self._cache_bytes = properties.L2_cache_size
-            # What is best of fewer ways is no answer for a process that may take all.
-            self._tuner = Tuner(cache_path(self.device) if strategy == "auto" else None)
+        self._product = FusedProduct(self._device, strategy, tile=TILE)
 
     def reason_unsupported(self, x: torch.Tensor, weight: torch.Tensor) -> str | None:
         """Why these tensors can't go through the kernels; None where they can."""
@@ -119,7 +100,7 @@ class TritonBackend:
             return F.linear(x, weight, bias), None
         x = with_rows(x)
         s = self._down(x, call, adapters, routing, factor=FACTOR_A, drop=call.drop)
-        return self._fastest(x, weight, bias, s, call, adapters, routing, factor=FACTOR_B), s
+        return self._product(x, weight, bias, s, call, adapters, routing, factor=FACTOR_B), s
 
     def backward(
         self,
@@ -163,7 +144,7 @@ class TritonBackend:
             return None
         # The product and dA are launched one right after the other: what dA needs is made before.
         add_da = self._prepared_grad(x, ds, call, adapters, routing, grad=GRAD_A, beside=self._concurrent)
-        dx = self._fastest(dy, weight, None, ds, call, adapters, routing, factor=FACTOR_A)
+        dx = self._product(dy, weight, None, ds, call, adapters, routing, factor=FACTOR_A)
         add_da()
         return dx
 
@@ -194,11 +175,11 @@ class TritonBackend:
         assert call is not None
         tiles = routing.tile_slots.shape[0]
         act, s2 = swiglu_down(
-            y, call.slots.table, routing.tile_slots, routing.row_keys, self._zeros("down", tiles),
+            y, call.slots.table, routing.tile_slots, routing.row_keys, self._device.zeros("down", tiles),
             width=call.width, tile=TILE, module_key=signed(fc2.module_key), feature_offset=fc2.feature_offset,
-            drop=call.drop, splits=4 if y.shape[1] >= 4096 else 1, align=call.slots.align, overlap=self._overlap,
+            drop=call.drop, splits=4 if y.shape[1] >= 4096 else 1, align=call.slots.align, overlap=self._device.overlap,
         )  # fmt: skip
-        return self._fastest(act, weights[1], None, s2, call, fc2, routing, factor=FACTOR_B), y, s1, s2
+        return self._product(act, weights[1], None, s2, call, fc2, routing, factor=FACTOR_B), y, s1, s2
 
     def swiglu_mlp_backward(
         self,
@@ -226,14 +207,14 @@ class TritonBackend:
         assert call2 is not None
         d_out = with_rows(d_out)
         ds2 = self._dy_products(d_out, scaled[1], call2, fc2, routing)
-        d_act = self._fastest(d_out, weights[1], None, ds2, call2, fc2, routing, factor=FACTOR_A)
+        d_act = self._product(d_out, weights[1], None, ds2, call2, fc2, routing, factor=FACTOR_A)
         chunks, split = self._chunks(routing, strips=-(-d_act.shape[1] // 128), most=1024, everything=True)
         dy, ds1 = swiglu_grad(
             y, d_act, scaled[0], ds2, (call1.slots.table, call2.slots.table), chunks, routing.tile_slots,
-            routing.row_keys, self._zeros("swiglu", 3 * chunks.shape[0] * -(-d_act.shape[1] // 16)),
+            routing.row_keys, self._device.zeros("swiglu", 3 * chunks.shape[0] * -(-d_act.shape[1] // 16)),
             row_projection=fc1.row_projection, tile=TILE, module_key=signed(fc2.module_key),
             feature_offset=fc2.feature_offset, drop=call2.drop, split=split,
-            aligns=(call1.slots.align, call2.slots.align), overlap=self._overlap,
+            aligns=(call1.slots.align, call2.slots.align), overlap=self._device.overlap,
         )  # fmt: skip
         return self._input_gradients(dy, ds1, with_rows(x), weights[0], call1, fc1, routing, needs_dx=needs_dx)
 
@@ -250,28 +231,17 @@ class TritonBackend:
             slots = adapters.derived["triton"] = make_slots(adapters, self.device)
         return make_call(slots, active, routing)
 
-    def _fuses(self, z: torch.Tensor, weight: torch.Tensor) -> bool:
-        """Whether the fused products can run: bulk copies need 16-bit types and 16-byte rows."""
-        possible = (
-            self._bulk_copies
-            and z.element_size() == 2
-            and not any(size % 8 for size in (*weight.shape, z.stride(0)))
-            and not any(tensor.data_ptr() % 16 for tensor in (z, weight))
-            and weight.is_contiguous()
-        )
-        return possible
-
     def _down(
         self, z: torch.Tensor, call: Call, adapters: LinearAdapters, routing: Routing, *, factor: int, drop: bool
     ) -> torch.Tensor:
         tiles = routing.tile_slots.shape[0]
         blocks = -(-call.width // 64)
         return down(
-            z, call.slots.table, routing.tile_slots, routing.row_keys, self._zeros("down", tiles * blocks),
+            z, call.slots.table, routing.tile_slots, routing.row_keys, self._device.zeros("down", tiles * blocks),
             factor=factor, width=call.width, tile=TILE, module_key=signed(adapters.module_key),
             feature_offset=adapters.feature_offset, drop=drop, splits=self._splits(tiles * blocks, z.shape[1]),
             align=call.slots.align,
-            overlap=self._overlap,
+            overlap=self._device.overlap,
         )  # fmt: skip
 
     def _splits(self, tiles: int, features: int) -> int:
@@ -279,110 +249,8 @@ class TritonBackend:
 
         Each number is compiled anew: powers of two, the same for all microbatches between two powers of two of rows.
         """
-        splits = max(1, min(8, 2 * self._programs // power_of_two(tiles), features // 512))
+        splits = max(1, min(8, 2 * self._device.programs // power_of_two(tiles), features // 512))
         return 1 << (splits.bit_length() - 1)
-
-    def _fastest(self, *operands: Any, factor: int) -> torch.Tensor:
-        """`_product` by the way that `_way` chooses; the operands are those of both."""
-        return self._product(self._way(*operands, factor=factor), *operands, factor=factor)
-
-    def _way(
-        self,
-        z: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        q: torch.Tensor,
-        call: Call,
-        adapters: LinearAdapters,
-        routing: Routing,
-        *,
-        factor: int,
-    ) -> Way:
-        """How the product is computed: the way that is fastest here, measured when the problem is first seen."""
-        forward = factor == FACTOR_B
-        fuses = self._fuses(z, weight)
-        bucket = (z.shape[0] - 1).bit_length()
-        key = (bucket, *weight.shape, call.width, forward, call.drop, z.dtype, fuses)
-        way = self._chosen.get(key)
-        if way is not None:
-            return way
-        ways = self._ways(fuses=fuses)
-        if self._tuner is None or len(ways) == 1:
-            return self._chosen.setdefault(key, ways[0])
-        problem = Problem(
-            tokens=1 << bucket, inner=z.shape[1], width=weight.shape[0 if forward else 1],
-            columns=call.width, forward=forward, drop=call.drop, dtype=str(z.dtype),
-        )  # fmt: skip
-        by_name = {way.name: way for way in ways}
-        choice = self._tuner.known(problem)
-        if choice not in by_name:
-            if torch.cuda.is_current_stream_capturing():
-                return ways[0]
-            run = partial(self._product, factor=factor)
-            arguments = (z, weight, bias, q, call, adapters, routing)
-            choice = self._tuner.measure(
-                problem,
-                {
-                    name: partial(run, way, *arguments)
-                    for name, way in by_name.items()
-                    if way.kind != EXPAND or not expand_is_hopeless(problem)
-                },
-            )
-        # Where no way had room, the tuner names the one that always has, whatever the strategy.
-        return self._chosen.setdefault(key, by_name.get(choice, Way(EXPAND)))
-
-    def _ways(self, *, fuses: bool) -> list[Way]:
-        """Every way to compute a product on this device that ``strategy`` allows, the likeliest first."""
-        ways = []
-        if fuses:
-            if self._hopper and self.strategy in ("auto", HOPPER):
-                ways = [Way(HOPPER, group) for group in GROUPS]
-            elif self.strategy in ("auto", FUSED):
-                ways = [Way(FUSED, group) for group in GROUPS]
-        if not ways or self.strategy in ("auto", EXPAND):
-            ways.append(Way(EXPAND))
-        return ways
-
-    def _product(
-        self,
-        way: Way,
-        z: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        q: torch.Tensor,
-        call: Call,
-        adapters: LinearAdapters,
-        routing: Routing,
-        *,
-        factor: int,
-    ) -> torch.Tensor:
-        """The frozen product with the adapters' part in it."""
-        forward = factor == FACTOR_B
-        operands = (call.slots.table, routing.tile_slots, routing.row_keys)
-        shared = {
-            "factor": factor,
-            "tile": TILE,
-            "module_key": signed(adapters.module_key),
-            "feature_offset": adapters.feature_offset,
-            "drop": call.drop and not forward,
-            "align": call.slots.align,
-            "overlap": self._overlap,
-        }
-        if way.kind == HOPPER:
-            return hopper_product(
-                z, weight, bias, q, *operands,
-                programs=self._programs, group=way.group,
-                arrivals=self._zeros("arrivals", 2), cache_bytes=self._cache_bytes, **shared,
-            )  # fmt: skip
-        if way.kind == FUSED:
-            config = ProductConfig(group=way.group)
-            return product(
-                z, weight, bias, q, *operands, config=config, programs=self._programs,
-                pure=is_pure(routing, config.block_m), **shared,
-            )  # fmt: skip
-        y = F.linear(z, weight, bias) if forward else torch.mm(z, weight)
-        expand_(y, q, *operands, **shared)
-        return y
 
     def _dy_products(
         self, dy: torch.Tensor, s: torch.Tensor, call: Call, adapters: LinearAdapters, routing: Routing
@@ -390,17 +258,17 @@ class TritonBackend:
         """dS, and dB into the gradients."""
         strip = 512 if dy.shape[1] >= 16384 and call.width <= 16 else 256
         strips = -(-dy.shape[1] // strip)
-        fits = 4 * dy.shape[0] * call.width * strips <= self._cache_bytes
+        fits = 4 * dy.shape[0] * call.width * strips <= self._device.cache_bytes
         if call.width > (WIDEST_JOINT if fits else WIDEST_UNCACHED):
             self._prepared_grad(dy, s, call, adapters, routing, grad=GRAD_B)()
             return self._down(dy, call, adapters, routing, factor=FACTOR_B, drop=False)
         chunks, split = self._chunks(routing, strips=strips, most=2048)
         return dy_pass(
             dy, s, call.slots.table, chunks, routing.tile_slots,
-            self._zeros("dy", chunks.shape[0] * -(-dy.shape[1] // 64)),
+            self._device.zeros("dy", chunks.shape[0] * -(-dy.shape[1] // 64)),
             row_projection=adapters.row_projection, tile=TILE, split=split, align=call.slots.align,
             block_n=strip,
-            overlap=self._overlap,
+            overlap=self._device.overlap,
         )  # fmt: skip
 
     def _prepared_grad(
@@ -419,11 +287,11 @@ class TritonBackend:
         chunks, split = self._chunks(routing, strips=-(-z.shape[1] // 128), most=1024)
         counters = chunks.shape[0] * -(-z.shape[1] // 64) * -(-call.width // 64)
         return partial(
-            factor_grad, z, q, call.slots.table, chunks, routing.row_keys, self._zeros("grad", counters),
+            factor_grad, z, q, call.slots.table, chunks, routing.row_keys, self._device.zeros("grad", counters),
             gradient_parts(z, q, call.slots.table, chunks, split=split),
             grad=grad, row_projection=None if of_a else adapters.row_projection, module_key=signed(adapters.module_key),
             feature_offset=adapters.feature_offset, drop=call.drop and of_a, align=call.slots.align,
-            overlap=self._overlap, beside=beside,
+            overlap=self._device.overlap, beside=beside,
         )  # fmt: skip
 
     def _chunks(
@@ -434,7 +302,7 @@ class TritonBackend:
         Note: measured on an H100: long chunks win as soon as three quarters of the multiprocessors have one, since
         each chunk's part of the gradient is written and read once more.
         """
-        wanted = max(1, 3 * self._programs // (4 * strips))
+        wanted = max(1, 3 * self._device.programs // (4 * strips))
         rows = min(most, max(4 * TILE, -(-routing.num_tokens // (wanted * TILE)) * TILE))
         key = ("chunks", rows, everything)
         if key not in routing.derived:
@@ -447,10 +315,3 @@ class TritonBackend:
                 table = table.pin_memory()
             routing.derived[key] = (table.to(device, non_blocking=True), table.shape[0] > len(segments))
         return routing.derived[key]
-
-    def _zeros(self, use: str, size: int) -> torch.Tensor:
-        """Counters of one kernel, which leaves them zero; a larger buffer replaces a smaller one."""
-        key = (self.device, use)
-        if key not in self._counters or self._counters[key].numel() < size:
-            self._counters[key] = torch.zeros(max(4096, 2 * size), dtype=torch.int32, device=self.device)
-        return self._counters[key]

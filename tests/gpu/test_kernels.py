@@ -20,7 +20,7 @@ from mlp_cases import random_mlp, worst_mlp_ratio
 
 from lorafusion_megatron.kernels import dropout, product_hopper
 from lorafusion_megatron.kernels.tuning import GROUPS
-from lorafusion_megatron.lora import triton_backend
+from lorafusion_megatron.lora import triton_product
 from lorafusion_megatron.lora.routing import RoutedSegment, build_routing
 from lorafusion_megatron.lora.triton_backend import TritonBackend
 
@@ -52,10 +52,10 @@ def test_error_is_that_of_eager(seed, dtype, strategy):
 
 @pytest.mark.parametrize("block", range(-(-ROUTINGS // AT_ONCE)))
 def test_random_routings(block, monkeypatch):
-    monkeypatch.setattr(triton_backend, "GROUPS", (GROUPS[block % len(GROUPS)],))
+    monkeypatch.setattr(triton_product, "GROUPS", (GROUPS[block % len(GROUPS)],))
     backends = {strategy: TritonBackend(strategy=strategy) for strategy in ("hopper", "fused", "expand")}
     for backend in backends.values():
-        backend._tuner = None  # every size is new: measuring each would take longer than all the kernels
+        backend._product.tuner = None  # every size is new: measuring each would take longer than all the kernels
     for seed in range(block * AT_ONCE, min(ROUTINGS, (block + 1) * AT_ONCE)):
         rng = random.Random(1000 + seed)
         case = random_case(
@@ -88,7 +88,7 @@ def test_programs_kept_in_step(size, monkeypatch):
     first, second = (run(backend, as_dtype(case, torch.bfloat16)) for _ in range(2))
     assert torch.equal(first.y, second.y)
     assert torch.equal(first.dx, second.dx)
-    assert all(not counters.any() for counters in backend._counters.values())
+    assert all(not counters.any() for counters in backend._device.counters.values())
     if torch.cuda.get_device_capability()[0] == 9:
         assert product_hopper.STEPS_APART in steps
 
@@ -119,7 +119,7 @@ def test_programs_that_have_no_multiprocessor_are_not_waited_for_without_end():
     torch.cuda.synchronize()
     assert torch.equal(got.y, want.y)
     assert torch.equal(got.dx, want.dx)
-    assert all(not counters.any() for counters in backend._counters.values())
+    assert all(not counters.any() for counters in backend._device.counters.values())
 
 
 @pytest.mark.parametrize("strategy", ["hopper", "fused", "expand"])

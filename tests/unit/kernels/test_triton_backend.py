@@ -15,7 +15,7 @@ from triton.runtime.errors import OutOfResources
 from lorafusion_megatron.integrations.peft import fuse
 from lorafusion_megatron.kernels import masks
 from lorafusion_megatron.kernels.tuning import EXPAND, Tuner
-from lorafusion_megatron.lora import triton_backend
+from lorafusion_megatron.lora import triton_backend, triton_product
 from lorafusion_megatron.lora.reference import TorchBackend
 from lorafusion_megatron.lora.routing import RoutedSegment, build_routing
 from lorafusion_megatron.lora.triton_backend import TritonBackend
@@ -175,13 +175,13 @@ def test_a_product_that_has_no_room_falls_back_to_expand(monkeypatch):
     def refuse(*_, **__):
         raise OutOfResources(300_000, 232_448, "shared memory")
 
-    monkeypatch.setattr(triton_backend, "product", refuse)
+    monkeypatch.setattr(triton_product, "product", refuse)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     case = random_case(29, tokens=100, size=(64, 48), slots=2, dtype=torch.float16, ranks=[4])
     mine = backend("fused")
-    mine._tuner = Tuner(None)
+    mine._product.tuner = Tuner(None)
     assert worst_ratio(mine, case) <= 1.5
-    assert {way.kind for way in mine._chosen.values()} == {EXPAND}
+    assert {way.kind for way in mine._product.chosen.values()} == {EXPAND}
 
 
 def test_rows_that_are_not_contiguous():

@@ -1,0 +1,178 @@
+"""The frozen product with the adapters' part in it, by the way that is fastest on this device."""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..kernels import tables
+from ..kernels.expand import expand_
+from ..kernels.product import ProductConfig, product
+from ..kernels.product_hopper import hopper_product
+from ..kernels.tuning import EXPAND, FUSED, GROUPS, HOPPER, Problem, Tuner, Way, cache_path, expand_is_hopeless
+from .adapters import LinearAdapters
+from .routing import Routing
+from .triton_device import TritonDevice
+from .triton_slots import Call, is_pure, signed
+
+FACTOR_B = tables.FACTOR_B.value
+
+
+class FusedProduct:
+    """``x Wᵀ + bias + S Bᵀ`` of the forward, ``dy W + mask * (dS A)`` of the backward.
+
+    Args:
+        device: whose ways these are.
+        strategy: ``auto`` measures all of them; a kind of way allows that one alone, where the device has it.
+        tile: rows that hold one adapter.
+    """
+
+    def __init__(self, device: TritonDevice, strategy: str, *, tile: int) -> None:
+        self._device = device
+        self._strategy = strategy
+        self._tile = tile
+        on_gpu = device.device.type == "cuda" and torch.cuda.is_available()
+        # What is best of fewer ways is no answer for a process that may take all.
+        self.tuner = Tuner(cache_path(device.device) if strategy == "auto" else None) if on_gpu else None
+        """None takes the likeliest way unmeasured."""
+        self.chosen: dict[tuple[Any, ...], Way] = {}
+
+    def __call__(
+        self,
+        z: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        q: torch.Tensor,
+        call: Call,
+        adapters: LinearAdapters,
+        routing: Routing,
+        *,
+        factor: int,
+    ) -> torch.Tensor:
+        """The product of one linear.
+
+        Args:
+            z: x ``[tokens, in]`` or dy ``[tokens, out]``.
+            weight: ``[out, in]``, frozen.
+            bias: ``[out]`` or None.
+            q: S or dS, ``[tokens, call.width]``.
+            call: the adapters of this microbatch.
+            adapters: of the linear.
+            routing: of this microbatch.
+            factor: ``FACTOR_B`` of the forward, ``FACTOR_A`` of the backward.
+
+        Returns:
+            ``[tokens, out]`` or ``[tokens, in]``.
+        """
+        operands = (z, weight, bias, q, call, adapters, routing)
+        return self._run(self._way(*operands, factor=factor), *operands, factor=factor)
+
+    def _way(
+        self,
+        z: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        q: torch.Tensor,
+        call: Call,
+        adapters: LinearAdapters,
+        routing: Routing,
+        *,
+        factor: int,
+    ) -> Way:
+        """How the product is computed: the way that is fastest here, measured when the problem is first seen."""
+        forward = factor == FACTOR_B
+        fuses = self._fuses(z, weight)
+        bucket = (z.shape[0] - 1).bit_length()
+        key = (bucket, *weight.shape, call.width, forward, call.drop, z.dtype, fuses)
+        way = self.chosen.get(key)
+        if way is not None:
+            return way
+        ways = self._ways(fuses=fuses)
+        if self.tuner is None or len(ways) == 1:
+            return self.chosen.setdefault(key, ways[0])
+        problem = Problem(
+            tokens=1 << bucket, inner=z.shape[1], width=weight.shape[0 if forward else 1],
+            columns=call.width, forward=forward, drop=call.drop, dtype=str(z.dtype),
+        )  # fmt: skip
+        by_name = {way.name: way for way in ways}
+        choice = self.tuner.known(problem)
+        if choice not in by_name:
+            if torch.cuda.is_current_stream_capturing():
+                return ways[0]
+            run = partial(self._run, factor=factor)
+            arguments = (z, weight, bias, q, call, adapters, routing)
+            choice = self.tuner.measure(
+                problem,
+                {
+                    name: partial(run, way, *arguments)
+                    for name, way in by_name.items()
+                    if way.kind != EXPAND or not expand_is_hopeless(problem)
+                },
+            )
+        # Where no way had room, the tuner names the one that always has, whatever the strategy.
+        return self.chosen.setdefault(key, by_name.get(choice, Way(EXPAND)))
+
+    def _ways(self, *, fuses: bool) -> list[Way]:
+        """Every way to compute a product on this device that ``strategy`` allows, the likeliest first."""
+        ways = []
+        if fuses:
+            if self._device.hopper and self._strategy in ("auto", HOPPER):
+                ways = [Way(HOPPER, group) for group in GROUPS]
+            elif self._strategy in ("auto", FUSED):
+                ways = [Way(FUSED, group) for group in GROUPS]
+        if not ways or self._strategy in ("auto", EXPAND):
+            ways.append(Way(EXPAND))
+        return ways
+
+    def _run(
+        self,
+        way: Way,
+        z: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        q: torch.Tensor,
+        call: Call,
+        adapters: LinearAdapters,
+        routing: Routing,
+        *,
+        factor: int,
+    ) -> torch.Tensor:
+        """The frozen product with the adapters' part in it."""
+        forward = factor == FACTOR_B
+        operands = (call.slots.table, routing.tile_slots, routing.row_keys)
+        shared = {
+            "factor": factor,
+            "tile": self._tile,
+            "module_key": signed(adapters.module_key),
+            "feature_offset": adapters.feature_offset,
+            "drop": call.drop and not forward,
+            "align": call.slots.align,
+            "overlap": self._device.overlap,
+        }
+        if way.kind == HOPPER:
+            return hopper_product(
+                z, weight, bias, q, *operands,
+                programs=self._device.programs, group=way.group,
+                arrivals=self._device.zeros("arrivals", 2), cache_bytes=self._device.cache_bytes, **shared,
+            )  # fmt: skip
+        if way.kind == FUSED:
+            config = ProductConfig(group=way.group)
+            return product(
+                z, weight, bias, q, *operands, config=config, programs=self._device.programs,
+                pure=is_pure(routing, config.block_m), **shared,
+            )  # fmt: skip
+        y = F.linear(z, weight, bias) if forward else torch.mm(z, weight)
+        expand_(y, q, *operands, **shared)
+        return y
+
+    def _fuses(self, z: torch.Tensor, weight: torch.Tensor) -> bool:
+        """Whether the fused products can run: bulk copies need 16-bit types and 16-byte rows."""
+        possible = (
+            self._device.bulk_copies
+            and z.element_size() == 2
+            and not any(size % 8 for size in (*weight.shape, z.stride(0)))
+            and not any(tensor.data_ptr() % 16 for tensor in (z, weight))
+            and weight.is_contiguous()
+        )
+        return possible
