@@ -128,8 +128,9 @@ def test_what_follows_da_finds_dx_done(strategy, graph):
     """dA does not wait for the product and is done long before it here; a copy, a dependent launch and another stream
     that come after dA must see all of dx."""
     case = random_case(6, tokens=2048, size=(1024, 28672), slots=1, dtype=torch.bfloat16, device="cuda", ranks=[16])
+    (slot,) = case.adapters.by_slot
     routing = build_routing(
-        [RoutedSegment(slot=0, start=2048 - TILE, stop=2048)],
+        [RoutedSegment(slot=slot, start=2048 - TILE, stop=2048)],
         num_tokens=2048,
         tile=TILE,
         row_keys=case.routing.row_keys,
