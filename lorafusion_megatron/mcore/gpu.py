@@ -3,6 +3,7 @@
 import os
 
 import torch
+import torch.nn.functional as F
 
 from ..errors import UserError
 
@@ -33,3 +34,18 @@ def claim_gpu() -> torch.device:
     device = torch.device("cuda", local)
     torch.cuda.set_device(device)
     return device
+
+
+def make_workspaces(device: torch.device) -> None:
+    """Let cuBLAS take its workspaces: one (32 MiB on Hopper) for the calling thread and one for autograd's.
+
+    It would take each at the first product that a thread hands it, which may be that of a no-op microbatch late in a run,
+    or of a linear that this GPU's tuner gives to cuBLAS: memory that jumps after hours.
+
+    Args:
+        device: whose current stream training uses.
+    """
+    factor = torch.zeros(16, 16, device=device, dtype=torch.bfloat16, requires_grad=True)
+    bias = torch.zeros(16, device=device, dtype=torch.bfloat16)
+    # With a bias it is cuBLASLt, which has a workspace of its own where PyTorch is told so.
+    F.linear(factor @ factor, factor, bias).sum().backward()

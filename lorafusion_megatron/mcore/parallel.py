@@ -12,7 +12,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from ..types import Topology
 from . import cpu_compat
-from .gpu import claim_gpu
+from .gpu import claim_gpu, make_workspaces
 
 LAST_SECONDS = 20
 """What a rank that failed has to tell of it and end."""
@@ -101,10 +101,12 @@ def join(*, device: torch.device, timeout_minutes: float) -> Groups:
         timeout_minutes: of the groups that are added here.
 
     Note: NCCL makes a communicator when it is first used, and a rank then waits for the others. Made in the middle of a
-    window, with messages under way that another rank waits for, that can lock up; so all are made here.
+    window, with messages under way that another rank waits for, that can lock up; so all are made here, and cuBLAS'
+    workspaces with them.
     """
     timeout = timedelta(minutes=timeout_minutes)
     if device.type == "cuda":
+        make_workspaces(device)
         _make_communicators(device)
     return Groups(
         tensor=parallel_state.get_tensor_model_parallel_group(),
