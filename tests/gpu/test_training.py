@@ -129,20 +129,21 @@ def test_three_hundred_steps_keep_memory_and_losses(case, tmp_path, measured):
     for job in run["jobs"]:
         job["peft"]["lora_dropout"] = 0.1
         job["train"]["train_iters"] = 75
-    losses = {}
-    for world in (1, 2):
+    running = {}
+    for world in (1, 2):  # side by side: both are small, and the memory is each process' own
         run["checkpoint"] = {"save": str(tmp_path / f"out{world}")}
         run["model"]["pipeline_model_parallel_size"] = world
         file = tmp_path / f"run{world}.yaml"
         file.write_text(yaml.safe_dump(run))
-        watch = str(tmp_path / f"memory{world}")
-        launch.Ranks(ranks.train_and_watch, ([str(file)], watch), world=world, folder=tmp_path / f"logs{world}").wait(
-            280.0
-        ).check()
+        words, folder = ([str(file)], str(tmp_path / f"memory{world}")), tmp_path / f"logs{world}"
+        running[world] = launch.Ranks(ranks.train_and_watch, words, world=world, folder=folder)
+    losses = {}
+    for world, started in running.items():
+        started.wait(280.0).check()
         names = [job["name"] for job in run["jobs"]]
         losses[world] = {n: json.loads((tmp_path / f"out{world}" / n / "losses.json").read_text()) for n in names}
         for rank in range(world):
-            seen = json.loads(Path(f"{watch}.{rank}").read_text())
+            seen = json.loads((tmp_path / f"memory{world}.{rank}").read_text())
             assert len(seen) == 300
             # Up to step 280: at their ends the jobs' last adapters are copied before they are written.
             assert max(seen[200:280]) <= 1.005 * max(seen[20:100])
