@@ -39,8 +39,8 @@ def claim_gpu() -> torch.device:
 def make_workspaces(device: torch.device) -> None:
     """Let cuBLAS take its workspaces: one (32 MiB on Hopper) for the calling thread and one for autograd's.
 
-    It would take each at the first product that a thread hands it, which may be that of a no-op microbatch late in a run,
-    or of a linear that this GPU's tuner gives to cuBLAS: memory that jumps after hours.
+    It would take each at the first product that a thread hands it, which may be late in a run: of a linear without an
+    adapter in the microbatch, or of one that this GPU's tuner gives to cuBLAS. Memory would jump after hours.
 
     Args:
         device: whose current stream training uses.

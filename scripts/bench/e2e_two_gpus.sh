@@ -6,5 +6,5 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-runs/bench/e2e_two_gpus}
 torchrun --standalone --nproc-per-node 2 -m lorafusion_megatron.cli.main bench e2e --model qwen2.5-32b \
-    --layers "${LAYERS:-25}" --pipeline 2 --capacity 4096 --sizes 1024,2048,4096 --tokens 160000 \
+    --layers "${LAYERS:-25}" --pipeline 2 --capacity 4096 --sizes 1024,2048,4096 --tokens 240000 \
     --baseline-tokens 60000 --repeats 3 --clocks --out "$out"
