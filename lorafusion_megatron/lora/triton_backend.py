@@ -15,7 +15,7 @@ from ..kernels.swiglu import swiglu_down, swiglu_grad
 from .adapters import LinearAdapters
 from .routing import Routing
 from .triton_device import TritonDevice
-from .triton_product import FusedProduct
+from .triton_product import FusedProduct, Operands
 from .triton_slots import Call, make_call, make_slots, signed, with_gaps, with_rows
 
 TILE = 64
@@ -56,7 +56,6 @@ class TritonBackend:
     ) -> None:
         self._device = TritonDevice.of(device, interpret=interpret)
         self.device = self._device.device
-        self.strategy = strategy
         self.interpret = interpret
         self._concurrent = concurrent
         self._product = FusedProduct(self._device, strategy, tile=TILE)
@@ -100,7 +99,7 @@ class TritonBackend:
             return F.linear(x, weight, bias), None
         x = with_rows(x)
         s = self._down(x, call, adapters, routing, factor=FACTOR_A, drop=call.drop)
-        return self._product(x, weight, bias, s, call, adapters, routing, factor=FACTOR_B), s
+        return self._product(Operands(x, weight, bias, s, call, adapters, routing, FACTOR_B)), s
 
     def backward(
         self,
@@ -144,7 +143,7 @@ class TritonBackend:
             return None
         # The product and dA are launched one right after the other: what dA needs is made before.
         add_da = self._prepared_grad(x, ds, call, adapters, routing, grad=GRAD_A, beside=self._concurrent)
-        dx = self._product(dy, weight, None, ds, call, adapters, routing, factor=FACTOR_A)
+        dx = self._product(Operands(dy, weight, None, ds, call, adapters, routing, FACTOR_A))
         add_da()
         return dx
 
@@ -179,7 +178,7 @@ class TritonBackend:
             width=call.width, tile=TILE, module_key=signed(fc2.module_key), feature_offset=fc2.feature_offset,
             drop=call.drop, splits=4 if y.shape[1] >= 4096 else 1, align=call.slots.align, overlap=self._device.overlap,
         )  # fmt: skip
-        return self._product(act, weights[1], None, s2, call, fc2, routing, factor=FACTOR_B), y, s1, s2
+        return self._product(Operands(act, weights[1], None, s2, call, fc2, routing, FACTOR_B)), y, s1, s2
 
     def swiglu_mlp_backward(
         self,
@@ -207,7 +206,7 @@ class TritonBackend:
         assert call2 is not None
         d_out = with_rows(d_out)
         ds2 = self._dy_products(d_out, scaled[1], call2, fc2, routing)
-        d_act = self._product(d_out, weights[1], None, ds2, call2, fc2, routing, factor=FACTOR_A)
+        d_act = self._product(Operands(d_out, weights[1], None, ds2, call2, fc2, routing, FACTOR_A))
         chunks, split = self._chunks(routing, strips=-(-d_act.shape[1] // 128), most=1024, everything=True)
         dy, ds1 = swiglu_grad(
             y, d_act, scaled[0], ds2, (call1.slots.table, call2.slots.table), chunks, routing.tile_slots,

@@ -11,6 +11,8 @@ class TritonDevice:
 
     device: torch.device
     """With an index where it is a GPU."""
+    present: bool = False
+    """Whether it is a GPU of this machine."""
     programs: int = 4
     """Multiprocessors."""
     bulk_copies: bool = False
@@ -40,6 +42,7 @@ class TritonDevice:
         properties = torch.cuda.get_device_properties(device)
         return TritonDevice(
             device=device,
+            present=True,
             programs=properties.multi_processor_count,
             bulk_copies=properties.major >= 9,
             overlap=properties.major >= 9,

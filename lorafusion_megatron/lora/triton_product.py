@@ -1,7 +1,7 @@
 """The frozen product with the adapters' part in it, by the way that is fastest on this device."""
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,29 @@ from .triton_slots import Call, is_pure, signed
 FACTOR_B = tables.FACTOR_B.value
 
 
+class Operands(NamedTuple):
+    """One product of a linear and a microbatch."""
+
+    z: torch.Tensor
+    """x ``[tokens, in]`` of the forward, dy ``[tokens, out]`` of the backward."""
+    weight: torch.Tensor
+    """``[out, in]``, frozen."""
+    bias: torch.Tensor | None
+    """``[out]``, of the forward alone."""
+    q: torch.Tensor
+    """S or dS, ``[tokens, call.width]``."""
+    call: Call
+    adapters: LinearAdapters
+    routing: Routing
+    factor: int
+    """``FACTOR_B`` of the forward, ``FACTOR_A`` of the backward."""
+
+    @property
+    def forward(self) -> bool:
+        """Whether it is the forward's product."""
+        return self.factor == FACTOR_B
+
+
 class FusedProduct:
     """``x Wᵀ + bias + S Bᵀ`` of the forward, ``dy W + mask * (dS A)`` of the backward.
 
@@ -32,59 +55,21 @@ class FusedProduct:
         self._device = device
         self._strategy = strategy
         self._tile = tile
-        on_gpu = device.device.type == "cuda" and torch.cuda.is_available()
         # What is best of fewer ways is no answer for a process that may take all.
-        self.tuner = Tuner(cache_path(device.device) if strategy == "auto" else None) if on_gpu else None
+        self.tuner = Tuner(cache_path(device.device) if strategy == "auto" else None) if device.present else None
         """None takes the likeliest way unmeasured."""
         self.chosen: dict[tuple[Any, ...], Way] = {}
 
-    def __call__(
-        self,
-        z: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        q: torch.Tensor,
-        call: Call,
-        adapters: LinearAdapters,
-        routing: Routing,
-        *,
-        factor: int,
-    ) -> torch.Tensor:
-        """The product of one linear.
+    def __call__(self, operands: Operands) -> torch.Tensor:
+        """The product: ``[tokens, out]`` of the forward, ``[tokens, in]`` of the backward."""
+        return self._run(self._way(operands), operands)
 
-        Args:
-            z: x ``[tokens, in]`` or dy ``[tokens, out]``.
-            weight: ``[out, in]``, frozen.
-            bias: ``[out]`` or None.
-            q: S or dS, ``[tokens, call.width]``.
-            call: the adapters of this microbatch.
-            adapters: of the linear.
-            routing: of this microbatch.
-            factor: ``FACTOR_B`` of the forward, ``FACTOR_A`` of the backward.
-
-        Returns:
-            ``[tokens, out]`` or ``[tokens, in]``.
-        """
-        operands = (z, weight, bias, q, call, adapters, routing)
-        return self._run(self._way(*operands, factor=factor), *operands, factor=factor)
-
-    def _way(
-        self,
-        z: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        q: torch.Tensor,
-        call: Call,
-        adapters: LinearAdapters,
-        routing: Routing,
-        *,
-        factor: int,
-    ) -> Way:
+    def _way(self, of: Operands) -> Way:
         """How the product is computed: the way that is fastest here, measured when the problem is first seen."""
-        forward = factor == FACTOR_B
-        fuses = self._fuses(z, weight)
+        z, call = of.z, of.call
+        fuses = self._fuses(z, of.weight)
         bucket = (z.shape[0] - 1).bit_length()
-        key = (bucket, *weight.shape, call.width, forward, call.drop, z.dtype, fuses)
+        key = (bucket, *of.weight.shape, call.width, of.forward, call.drop, z.dtype, fuses)
         way = self.chosen.get(key)
         if way is not None:
             return way
@@ -92,20 +77,18 @@ class FusedProduct:
         if self.tuner is None or len(ways) == 1:
             return self.chosen.setdefault(key, ways[0])
         problem = Problem(
-            tokens=1 << bucket, inner=z.shape[1], width=weight.shape[0 if forward else 1],
-            columns=call.width, forward=forward, drop=call.drop, dtype=str(z.dtype),
+            tokens=1 << bucket, inner=z.shape[1], width=of.weight.shape[0 if of.forward else 1],
+            columns=call.width, forward=of.forward, drop=call.drop, dtype=str(z.dtype),
         )  # fmt: skip
         by_name = {way.name: way for way in ways}
         choice = self.tuner.known(problem)
         if choice not in by_name:
             if torch.cuda.is_current_stream_capturing():
                 return ways[0]
-            run = partial(self._run, factor=factor)
-            arguments = (z, weight, bias, q, call, adapters, routing)
             choice = self.tuner.measure(
                 problem,
                 {
-                    name: partial(run, way, *arguments)
+                    name: partial(self._run, way, of)
                     for name, way in by_name.items()
                     if way.kind != EXPAND or not expand_is_hopeless(problem)
                 },
@@ -125,54 +108,41 @@ class FusedProduct:
             ways.append(Way(EXPAND))
         return ways
 
-    def _run(
-        self,
-        way: Way,
-        z: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        q: torch.Tensor,
-        call: Call,
-        adapters: LinearAdapters,
-        routing: Routing,
-        *,
-        factor: int,
-    ) -> torch.Tensor:
+    def _run(self, way: Way, of: Operands) -> torch.Tensor:
         """The frozen product with the adapters' part in it."""
-        forward = factor == FACTOR_B
-        operands = (call.slots.table, routing.tile_slots, routing.row_keys)
+        z, weight, bias, q, call, adapters, routing, factor = of
+        routed = (call.slots.table, routing.tile_slots, routing.row_keys)
         shared = {
             "factor": factor,
             "tile": self._tile,
             "module_key": signed(adapters.module_key),
             "feature_offset": adapters.feature_offset,
-            "drop": call.drop and not forward,
+            "drop": call.drop and not of.forward,
             "align": call.slots.align,
             "overlap": self._device.overlap,
         }
         if way.kind == HOPPER:
             return hopper_product(
-                z, weight, bias, q, *operands,
+                z, weight, bias, q, *routed,
                 programs=self._device.programs, group=way.group,
                 arrivals=self._device.zeros("arrivals", 2), cache_bytes=self._device.cache_bytes, **shared,
             )  # fmt: skip
         if way.kind == FUSED:
             config = ProductConfig(group=way.group)
             return product(
-                z, weight, bias, q, *operands, config=config, programs=self._device.programs,
+                z, weight, bias, q, *routed, config=config, programs=self._device.programs,
                 pure=is_pure(routing, config.block_m), **shared,
             )  # fmt: skip
-        y = F.linear(z, weight, bias) if forward else torch.mm(z, weight)
-        expand_(y, q, *operands, **shared)
+        y = F.linear(z, weight, bias) if of.forward else torch.mm(z, weight)
+        expand_(y, q, *routed, **shared)
         return y
 
     def _fuses(self, z: torch.Tensor, weight: torch.Tensor) -> bool:
         """Whether the fused products can run: bulk copies need 16-bit types and 16-byte rows."""
-        possible = (
+        return (
             self._device.bulk_copies
             and z.element_size() == 2
             and not any(size % 8 for size in (*weight.shape, z.stride(0)))
             and not any(tensor.data_ptr() % 16 for tensor in (z, weight))
             and weight.is_contiguous()
         )
-        return possible
