@@ -15,6 +15,7 @@ from ..mcore.gpu import claim_gpu
 from ..models.projections import row_of_projection, row_projection, target_linears
 from ..scheduler.options import PlanOptions
 from ..types import ModelSpec, Topology
+from .cpu_dtype import slow_dtype_note
 from .inputs import load_inputs
 from .planning import choose_layers, cost_model, plan_options
 
@@ -72,6 +73,7 @@ def prepare(run: RunConfig, *, gpu: torch.device | None = None) -> Prepared:
     spec = inputs.spec
     cost = cost_model(run, spec)
     layers, advice = choose_layers(run, spec, cost, inputs.datasets)
+    slow = slow_dtype_note(run.base_model.dtype, device)
     topology = run.topology(world_size())
     return Prepared(
         run=run,
@@ -79,7 +81,7 @@ def prepare(run: RunConfig, *, gpu: torch.device | None = None) -> Prepared:
         topology=topology,
         datasets={run.jobs[index].name: rows for index, rows in inputs.datasets.items()},
         eval_datasets={run.jobs[index].name: rows for index, rows in inputs.eval_datasets.items()},
-        notes=(*inputs.notes, *advice),
+        notes=(*inputs.notes, *advice, *([slow] if slow else [])),
         device=device,
         transformer_impl=transformer_impl,
         transformer_reason=reason,
