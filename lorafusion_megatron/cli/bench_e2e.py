@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..mcore import parallel
     from ..training.bench.workloads import make_workload, shape
-    from ..training.setup import world_size
+    from ..training.hosts import world_size
     from ..types import Topology
     from .bench_common import numbers
 

@@ -5,11 +5,17 @@ it in ``RUN_DIR/events.jsonl`` and removes the file. A refused request stays as 
 """
 
 import argparse
+import json
 import os
 import time
 from pathlib import Path
 
+import yaml
+
 from lorafusion_megatron.errors import UserError
+
+PATHS = (("dataset", "path"), ("dataset", "chat_template"), ("eval", "path"), ("peft", "init_from"))
+"""Keys of a job that name a file or folder."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +49,9 @@ def run(args: argparse.Namespace) -> int:
         for file in sorted(inbox.glob("*.yaml")):
             print(f"waiting: {file.name}")
         return 0
-    if status.state != "running":
+    paused = [job.name for job in status.jobs if job.status == "paused"]
+    waits = status.state != "running" and args.action in ("resume", "cancel") and args.name in paused
+    if status.state != "running" and not waits:
         raise UserError(
             f"the run in {args.run_dir} is {status.state}",
             rule="requests are read by a running run",
@@ -61,14 +69,15 @@ def run(args: argparse.Namespace) -> int:
                 remedy="give one of these names",
                 key="JOB",
             )
-        text, name = f"op: {args.action}\nname: {args.name}\n", f"{args.action}-{args.name}"
+        # Quoted: YAML would read some names as numbers or null.
+        text, name = f"op: {args.action}\nname: {json.dumps(args.name)}\n", f"{args.action}-{args.name}"
     inbox.mkdir(exist_ok=True)
     # Written under a name that the run does not read, then renamed: it never sees half of one.
     target = inbox / f"{time.time_ns()}-{name}.yaml"
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     temporary.rename(target)
-    print(f"{target} is read when the run's window ends")
+    print(f"{target} is read when {'the same command is started again' if waits else 'the window of the run ends'}")
     return 0
 
 
@@ -91,14 +100,14 @@ def _read_job(path: Path) -> str:
 
 
 def _absolute(text: str, folder: Path, raw: object) -> str:
-    import yaml
-
     assert isinstance(raw, dict)
     changed = False
-    for section, key in (("dataset", "path"), ("eval", "path"), ("peft", "init_from")):
+    for section, key in PATHS:
         value = (raw.get(section) or {}).get(key)
-        if isinstance(value, str) and not Path(value).is_absolute():
-            found = Path(value) if Path(value).exists() else folder / value
+        # A chat template may also be given as it is; a file's name has no brace.
+        if isinstance(value, str) and "{" not in value and not Path(value).is_absolute():
+            path = Path(value).expanduser()
+            found = path if path.exists() else folder / path
             raw[section][key] = str(found.absolute())
             changed = True
     return yaml.safe_dump(raw, sort_keys=False) if changed else text

@@ -97,6 +97,8 @@ def _check_outputs(args: argparse.Namespace) -> None:
             raise UserError(str(path), rule=rule, remedy="rename it", key=key)
         if not path.parent.is_dir():
             raise UserError(str(path), rule="its folder must exist", remedy=f"make {path.parent}", key=key)
+        if path.is_dir():
+            raise UserError(str(path), rule="it must be a file, and is a folder", remedy="give another name", key=key)
 
 
 def _load(args: argparse.Namespace) -> _Work:
@@ -161,7 +163,7 @@ def _given_lengths(path: Path, run_config: "RunConfig", padding: int) -> Iterato
 
     rule = '--lengths takes a JSON object {"job": [length in tokens, …]} with every job of the run'
     try:
-        given = json.loads(path.read_text())
+        given = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read ({error})", rule=rule, remedy="check it", key="--lengths") from None
     names = [job.name for job in run_config.jobs]

@@ -135,6 +135,13 @@ class RowTokenizer:
     def _messages(self, row: dict[str, object], place: str) -> Tokens:
         messages = self._conversation(row["messages"], place)
         text, spans = self._template.assistant_spans(messages, place, row.get("tools"))
+        if not _is_unicode(text):  # from a field of the row that only the template reads
+            raise UserError(
+                f"{place}: the conversation holds half of a surrogate pair",
+                rule="text must be Unicode",
+                remedy="mend or remove the row",
+                key=self._key,
+            )
         ids, characters = self._tokenizer.encode_with_spans(text)
         starts, stops = np.array(characters, dtype=np.int64).reshape(-1, 2).T
         labels = np.zeros(len(ids), dtype=np.bool_)

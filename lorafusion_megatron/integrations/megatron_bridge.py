@@ -18,9 +18,10 @@ from ..mcore import parallel
 from ..mcore.build import prepare_base
 from ..mcore.inject import inject
 from ..mcore.parallel import Groups
+from ..training.hosts import world_size
 from ..training.progress import make_progress
 from ..training.rack import InjectedModel
-from ..training.setup import Prepared, linear_layouts, prepare, world_size
+from ..training.setup import Prepared, linear_layouts, prepare
 from ..training.signals import StopRequest
 from ..training.trainer import Trainer
 from ..types import ModelSpec, Topology

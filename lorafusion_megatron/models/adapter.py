@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from lorafusion_megatron.errors import UserError
 from lorafusion_megatron.models.checkpoint import read_json_object
@@ -23,6 +22,7 @@ from lorafusion_megatron.models.projections import (
     resolve_targets,
     target_linears,
 )
+from lorafusion_megatron.models.tensors import save_tensors
 from lorafusion_megatron.types import AdapterSpec, ModelSpec
 
 CONFIG_FILE = "adapter_config.json"
@@ -114,7 +114,7 @@ def write_adapter(
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         # Copies, since the tensors may be views of one flat buffer or, for a shared A, one tensor.
         host = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
-        save_file(host, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_tensors(host, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
         (temporary / WEIGHTS_FILE).chmod(0o644)
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             flush(temporary / name)

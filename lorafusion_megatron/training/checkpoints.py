@@ -63,6 +63,13 @@ class CheckpointWriter:
         except OSError as error:
             self._note(f"{entry.name}: the adapter of step {step} could not be saved ({error}); the run goes on")
 
+    def evals(self, job: Job) -> None:
+        """Write the validation losses of a job."""
+        try:
+            write_json(self.folder / job.name / "evals.json", [{"step": s, "loss": v} for s, v in job.evals])
+        except OSError as error:
+            self._note(f"{job.name}: its validation losses could not be saved ({error}); the run goes on")
+
     def has_last(self, job: Job) -> bool:
         """Whether the adapter of a job's newest step was written (rank 0; the saving thread must be idle)."""
         return self._written.get(job.index) == job.applied
@@ -116,7 +123,7 @@ class CheckpointWriter:
 
 
 def _drop_old_steps(folder: Path, keep: int) -> None:
-    """Keep the newest ``keep`` step folders."""
-    steps = sorted((int(p.name[5:]), p) for p in folder.glob("step_*") if p.name[5:].isdigit())
-    for _, path in steps[:-keep]:
+    """Keep the ``keep`` step folders that were written last; an earlier run in the folder may have got further."""
+    steps = sorted((p.stat().st_mtime_ns, int(p.name[5:]), p) for p in folder.glob("step_*") if p.name[5:].isdigit())
+    for *_, path in steps[:-keep]:
         shutil.rmtree(path)

@@ -9,6 +9,7 @@ from lorafusion_megatron.data.reader import place_of
 from lorafusion_megatron.errors import UserError
 from lorafusion_megatron.models.families import check_tensor_parallel
 from lorafusion_megatron.models.projections import resolve_targets
+from lorafusion_megatron.training.hosts import world_size
 from lorafusion_megatron.training.loggers import check_loggers
 from lorafusion_megatron.types import ModelSpec, padded
 
@@ -29,8 +30,8 @@ def check_run(run: RunConfig, spec: ModelSpec) -> list[str]:
     """
     check_tensor_parallel(spec, run.model.tensor_model_parallel_size)
     _check_stages(run, spec)
-    if "WORLD_SIZE" in os.environ:
-        run.topology(int(os.environ["WORLD_SIZE"]))
+    if os.environ.get("WORLD_SIZE"):
+        run.topology(world_size())
     for index, job in enumerate(run.jobs):
         _check_job(job, f"jobs[{index}]", spec)
     _check_output(run.checkpoint.save)

@@ -18,6 +18,23 @@ SIOCGIFADDR = 0x8915
 """Linux: the IPv4 address of an interface."""
 
 
+def world_size() -> int:
+    """Ranks that torchrun started; 1 without it.
+
+    Raises:
+        UserError: ``WORLD_SIZE`` is no number.
+    """
+    given = os.environ.get("WORLD_SIZE") or "1"
+    if not given.isdecimal() or int(given) < 1:
+        raise UserError(
+            f"WORLD_SIZE={given}",
+            rule="it is the number of ranks",
+            remedy="unset it, or start with torchrun, which sets it",
+            key="WORLD_SIZE",
+        )
+    return int(given)
+
+
 def choose_interface() -> str | None:
     """Set ``GLOO_SOCKET_IFNAME`` for a run of several hosts where nobody has.
 
@@ -27,7 +44,7 @@ def choose_interface() -> str | None:
     Raises:
         UserError: MASTER_ADDR is no known host, or its route does not tell the interface.
     """
-    world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    world, local = world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     master = os.environ.get("MASTER_ADDR", "")
     if local in (0, world) or not master or VARIABLE in os.environ:
         return None

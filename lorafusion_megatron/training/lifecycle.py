@@ -53,12 +53,17 @@ class Inbox:
         for file in self._requests():
             try:
                 event = self._read(file, now, check)
-            except UserError as error:
-                self._note(f"request {file.name} is refused: {error}")
+            except Exception as error:  # whatever is wrong with a request, the run must go on, and be able to start
+                reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                self._note(f"request {file.name} is refused: {reason}")
                 file.replace(file.with_name(file.name + ".refused"))
                 continue
-            self._append({"window": window, **event})
-            file.unlink()
+            try:
+                self._append({"window": window, **event})
+                file.unlink()
+            except OSError as error:
+                self._note(f"request {file.name} waits: it could not be recorded ({error})")
+                break
             now[event["name"]] = _after(event["op"])
             events.append({"window": window, **event})
         return events
@@ -99,8 +104,11 @@ class Inbox:
         return out
 
     def _append(self, event: Mapping[str, Any]) -> None:
-        with self._log.open("a") as file:
-            file.write(json.dumps(event) + "\n")
+        with self._log.open("a+b") as file:
+            # A kill may have cut the last line off; what follows must not become a part of it.
+            file.seek(max(0, file.tell() - 1))
+            start = b"" if file.read(1) in (b"", b"\n") else b"\n"
+            file.write(start + json.dumps(event).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -123,7 +131,7 @@ def check_new_job(run: RunConfig, prepared: Prepared) -> None:
 
 
 def _operation(raw: Mapping[str, Any], statuses: Mapping[str, str], source: str) -> dict[str, Any]:
-    op, name = raw.get("op"), raw.get("name")
+    op, name = raw.get("op"), str(raw.get("name"))
     if op not in OPERATIONS or set(raw) != {"op", "name"}:
         raise UserError(
             f"got {dict(raw)}",
@@ -131,7 +139,7 @@ def _operation(raw: Mapping[str, Any], statuses: Mapping[str, str], source: str)
             remedy="write it with lorafusion-megatron job",
             key=source,
         )
-    status = statuses.get(str(name))
+    status = statuses.get(name)
     fits = {"pause": ("running",), "resume": ("paused",), "cancel": ("running", "paused")}[op]
     if status not in fits:
         raise UserError(

@@ -5,7 +5,7 @@ from dataclasses import replace
 from ..config.job import JobConfig
 from ..config.run import RunConfig
 from ..errors import UserError
-from ..types import AdapterSpec
+from ..types import AdapterSpec, Sample, Schedule
 from .inputs import job_batches, load_eval_dataset, load_job_dataset
 from .jobs import Job
 from .lifecycle import check_new_job
@@ -41,7 +41,10 @@ class Roster:
                 job.applied, job.losses = record["applied"], list(record["losses"])
                 job.evals = [(step, loss) for step, loss in record["evals"]]
                 job.num_steps = record["num_steps"]
-            if job.live or job.status == "finished":
+            kept = resumed.counters(index) is not None
+            # A checkpoint holds the adapter of a job that ended where its last window goes on, or its last adapter
+            # could not be written. Of others that ended only those in the run file may have become longer.
+            if job.live or kept or (job.status == "finished" and config.name in {j.name for j in prepared.run.jobs}):
                 self._mount(job, resumed)
 
     @property
@@ -60,6 +63,21 @@ class Roster:
         job = self.jobs[index] = Job(index=index, config=config, dataset=None, source=None, added=True)
         self._mount(job, None)
         return job
+
+    def still_plans(self, schedule: Schedule) -> bool:
+        """Whether the steps that a window has left are still those of the jobs' data, order and length."""
+        planned: dict[tuple[int, int], set[Sample]] = {}
+        for replica in schedule.replicas:
+            for microbatch in replica:
+                for sample in microbatch.samples:
+                    planned.setdefault((sample.job, sample.step), set()).add(sample)
+        for (index, step), samples in planned.items():
+            job = self.jobs[index]
+            if step <= job.applied:
+                continue
+            if job.source is None or step > job.num_steps or samples != set(job.source.batch(step).samples):
+                return False
+        return True
 
     def check_new(self, config: JobConfig) -> None:
         """Raise where a job that wants to join can't be trained (rank 0).

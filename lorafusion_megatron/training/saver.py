@@ -66,7 +66,8 @@ def plan_saves(
     num_steps: Mapping[int, int],
     interval: int | None,
     where: PlanPosition,
-) -> list[SaveItem]:
+    since: int = 0,
+) -> tuple[list[SaveItem], int]:
     """What a window saves, in order.
 
     Args:
@@ -74,21 +75,26 @@ def plan_saves(
         applied: job -> steps done before it, for every job whose state belongs to a checkpoint.
         num_steps: job -> its optimizer steps, for the jobs of the window.
         interval: optimizer steps of a job between two kept adapters; a checkpoint of the state comes after as many
-            steps of an average job. None: an adapter at the end of each job alone.
+            steps of an average job of the window. None: an adapter at the end of each job alone.
         where: of the checkpoints in this window.
+        since: steps of all jobs that windows before it have done since the last checkpoint.
+
+    Returns:
+        The items, and the steps since the last checkpoint when the window is done.
     """
     items: list[SaveItem] = []
-    current, since = dict(applied), 0
+    current = dict(applied)
+    every = (interval or 0) * max(1, len({end.job for end in schedule.step_ends}))
     for position, ends in sorted(schedule.ends_at.items()):
         for end in ends:
             current[end.job] = end.step
             since += 1
             if end.step == num_steps[end.job] or (interval and end.step % interval == 0):
                 items.append(SaveItem(wants={end.job: end.step}))
-        if interval and since >= interval * max(1, len(num_steps)):
+        if interval and since >= every:
             items.append(SaveItem(wants=dict(current), cut=position + 1, where=where))
             since = 0
-    return items
+    return items, since
 
 
 class Saver:

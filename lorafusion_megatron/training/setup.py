@@ -1,7 +1,6 @@
 """From a run file to everything that training needs, before any process group is made."""
 
 import math
-import os
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ from ..models.projections import row_of_projection, row_projection, target_linea
 from ..scheduler.options import PlanOptions
 from ..types import ModelSpec, Topology
 from .cpu_dtype import slow_dtype_note
+from .hosts import world_size
 from .inputs import load_inputs
 from .planning import choose_layers, cost_model, plan_options
 
@@ -92,11 +92,6 @@ def prepare(run: RunConfig, *, gpu: torch.device | None = None) -> Prepared:
             run, layers=layers, replicas=topology.data_parallel, padding_multiple=padding, cost=cost
         ),
     )
-
-
-def world_size() -> int:
-    """Ranks that torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def choose_device(run: RunConfig) -> str:

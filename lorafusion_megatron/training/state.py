@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from ..mcore.gather import Factors
 from ..models.files import flush
+from ..models.tensors import save_tensors
 from ..types import Microbatch, Sample, Schedule, StepEnd
 
 FORMAT = 1
@@ -45,7 +45,7 @@ class StateWriter:
             for (layer, projection, factor), tensor in factors.items()
         }
         file = self._temporary / f"{name}.safetensors"
-        save_file(tensors, file)
+        save_tensors(tensors, file)
         self._seal(file)
 
     def schedule(self, schedule: Schedule) -> None:

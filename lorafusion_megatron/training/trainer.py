@@ -23,7 +23,7 @@ from .garbage import Collector
 from .jobs import Job
 from .lifecycle import Inbox
 from .loggers import Loggers
-from .output import MetricsLog, write_json
+from .output import MetricsLog
 from .prefetch import prefetch
 from .progress import Progress
 from .rack import AdapterRack, InjectedModel, build_model
@@ -68,9 +68,14 @@ class Trainer:
         """Whether the ranks agreed to stop; the state is saved then."""
         self.unsaved: list[str] = []
         """Ended jobs whose last adapter could not be written yet; they stay on the model."""
+        self._unsaved_steps = 0
+        """Steps of all jobs since the last checkpoint."""
         resumed = find_resume(prepared.run, groups, self._shape(), progress.note, source=resume_from)
         self.window, self._left = resumed.window, resumed.schedule
         self.roster = Roster(prepared, self.rack, resumed)
+        if self._left is not None and not self.roster.still_plans(self._left):
+            progress.note("data, order or length of a job changed: the rest of its window is planned anew")
+            self.window, self._left = self.window + 1, None
         self.report = RunReport(self.folder, groups, progress, self.jobs, prepared.layers_per_chunk, prepared.spec)
         self.metrics = MetricsLog(self.folder, resumed.applied_by_name()) if groups.is_first else None
         self.loggers = Loggers(self.run, resumed=resumed.path is not None) if groups.is_first else None
@@ -137,6 +142,11 @@ class Trainer:
         """Wait until everything is written, and end. ``complete``: whether every job ended."""
         if complete:
             self._release()
+            for job in [job for job in self.jobs.values() if job.status == "paused"]:
+                self.progress.note(
+                    f"{job.name} is paused at step {job.applied} of {job.num_steps}: to go on, lorafusion-megatron job "
+                    f"resume {self.folder} {job.name} and the same command again"
+                )
         self.checkpoint()
         self.saver.finish()
         self._close(not complete)
@@ -156,7 +166,8 @@ class Trainer:
         where = self._position(schedule)
         skipped = schedule.num_microbatches - rest.num_microbatches
         interval = self.run.checkpoint.save_interval
-        items = plan_saves(rest, applied, {i: job.num_steps for i, job in self.jobs.items()}, interval, where)
+        num_steps = {index: job.num_steps for index, job in self.jobs.items()}
+        items, self._unsaved_steps = plan_saves(rest, applied, num_steps, interval, where, self._unsaved_steps)
         for item in items:
             item.cut = None if item.cut is None else item.cut + skipped
         self.saver.expect(items)
@@ -374,7 +385,7 @@ class Trainer:
             self.progress.note(f"{job.name} step {job.applied}: validation loss {loss:.4f}{' (best)' if best else ''}")
             if self.loggers:
                 self.loggers.evaluation(job.name, job.applied, loss)
-                write_json(self.folder / job.name / "evals.json", [{"step": s, "loss": v} for s, v in job.evals])
+                self.writer.evals(job)
             if best:
                 items.append(SaveItem(wants={index: job.applied}, best=True))
         self.saver.expect(items)

@@ -1,6 +1,5 @@
 """Jobs that come, pause and leave while a run goes on, bad jobs beside good ones, validation, full disks."""
 
-import errno
 import json
 import os
 import signal
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lorafusion_megatron.cli.main import main
@@ -18,6 +18,8 @@ from tests.distributed.test_stop_and_resume import wait_for_lines
 
 PP2 = ["model.pipeline_model_parallel_size=2"]
 SMALL_WINDOWS = ["runtime.max_window_microbatches=6"]
+NO_SPACE = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+"""What safetensors raises on a full disk; no OSError."""
 
 
 def make(folder: Path, steps: int = 12, **runtime) -> Path:
@@ -100,10 +102,10 @@ def test_a_paused_job_goes_on_where_it_was(tmp_path):
     ranks = background(run_file)
     wait_for_lines(out, 3)
     main(["job", "pause", str(out), "b"])
-    ranks.wait(90.0).check()
+    finished = ranks.wait(90.0).check()
     assert statuses(out) == {"a": "finished", "b": "paused"}
-    (out / "inbox").mkdir(exist_ok=True)
-    (out / "inbox" / "go.yaml").write_text("op: resume\nname: b\n")
+    assert f"to go on, lorafusion-megatron job resume {out} b and the same command again" in finished.outputs[0]
+    assert main(["job", "resume", str(out), "b"]) == 0
     background(run_file).wait(90.0).check()
     assert statuses(out) == {"a": "finished", "b": "finished"}
     assert error(tmp_path, out, "b") < 1e-3
@@ -132,6 +134,17 @@ def test_a_request_that_can_not_be_met_is_refused_and_the_run_goes_on(tmp_path):
     assert statuses(out) == {"a": "finished", "b": "finished"}
 
 
+def test_a_job_whose_name_is_a_number_can_be_paused(tmp_path):
+    tiny.write_base(tmp_path / "base")
+    jobs = [tiny.job(tmp_path, name, steps=16, batch=3, seed=1) for name in ("123", "b")]
+    run_file, out = tiny.write_run(tmp_path, jobs), tmp_path / "out"
+    ranks = background(run_file)
+    wait_for_lines(out, 3)
+    main(["job", "pause", str(out), "123"])
+    ranks.wait(90.0).check()
+    assert statuses(out) == {"123": "paused", "b": "finished"}
+
+
 def spoil(adapter: Path) -> None:
     """Make every product with this adapter overflow; each of its values is finite."""
     tensors = load_file(adapter / "adapter_model.safetensors")
@@ -151,6 +164,48 @@ def test_a_job_without_a_finite_gradient_is_stopped_and_the_others_keep_every_bi
     assert bad.outputs[0].count("SKIPPED") >= 3
     # Its last good adapter is the one that it began with.
     assert tiny.same_bits(tiny.adapter(tmp_path / "bad", "a"), tiny.read(tmp_path / "init" / "a"))
+
+
+def test_a_resume_within_the_window_that_stopped_a_job_goes_on_and_keeps_its_adapter(tmp_path):
+    run_file, out = make(tmp_path, steps=40), tmp_path / "out"
+    spoil(tmp_path / "init" / "a")
+    words = [str(run_file), *PP2, "runtime.max_window_microbatches=400"]
+    ranks = launch.Ranks(launch.command, (["train", *words],), world=2, folder=tmp_path / "logs")
+    wait_for_lines(out, 12)
+    os.kill(ranks.processes[0].pid, signal.SIGTERM)
+    assert set(ranks.wait(60.0).statuses) == {EXIT_STOPPED}
+    launch.Ranks(launch.command, (["train", *words],), world=2, folder=tmp_path / "logs2").wait(90.0).check()
+    assert statuses(out) == {"a": "stopped", "b": "finished"}
+    assert error(tmp_path, out, "b") < 1e-3
+    assert tiny.same_bits(tiny.adapter(out, "a"), tiny.read(tmp_path / "init" / "a"))
+
+
+def test_checkpoints_come_although_windows_are_short(tmp_path):
+    run_file, out = make(tmp_path, steps=40), tmp_path / "out"
+    ranks = background(run_file, "checkpoint.save_interval=8", "checkpoint.keep=9")
+    ranks.wait(90.0).check()
+    assert len(list((out / "state").glob("0*"))) >= 80 // 16
+
+
+@pytest.mark.parametrize("change", ["shorter", "longer", "data"])
+def test_a_resume_with_other_data_or_length_plans_the_rest_of_the_window_anew(change, tmp_path):
+    run_file, out = make(tmp_path, steps=30), tmp_path / "out"
+    words = ["train", str(run_file), "runtime.max_window_microbatches=400"]
+    ranks = launch.Ranks(launch.command, (words,), world=1, folder=tmp_path / "logs")
+    wait_for_lines(out, 8)
+    os.kill(ranks.processes[0].pid, signal.SIGTERM)
+    assert set(ranks.wait(60.0).statuses) == {EXIT_STOPPED}
+    if change == "data":
+        path = Path(yaml.safe_load(run_file.read_text())["jobs"][0]["dataset"]["path"])
+        path = path if path.is_absolute() else tmp_path / path
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join(lines[: len(lines) // 2]) + "\n")
+    steps = {"shorter": 20, "longer": 33, "data": 30}[change]
+    words.append(f"jobs.a.train.train_iters={steps}")
+    again = launch.Ranks(launch.command, (words,), world=1, folder=tmp_path / "logs2").wait(90.0).check()
+    assert ("the rest of its window is planned anew" in again.outputs[0]) == (change != "longer")
+    assert statuses(out) == {"a": "finished", "b": "finished"}
+    assert (len(tiny.losses(out, "a")), len(tiny.losses(out, "b"))) == (steps, 30)
 
 
 def test_validation_is_the_training_loss_of_the_next_step_without_dropout(tmp_path):
@@ -198,20 +253,19 @@ def test_a_job_out_of_patience_ends_early_with_its_best_adapter_kept(tmp_path):
 
 def train_on_a_full_disk(words: list[str]) -> int:
     """Train while the second checkpoint and the second adapter of job a meet a full disk."""
-    import lorafusion_megatron.models.adapter as adapter
-    import lorafusion_megatron.training.state as state
+    from lorafusion_megatron.models import tensors as module
 
-    for module in (adapter, state):
-        count, save = [0], module.save_file
+    counts, save = {"adapter": 0, "state": 0}, module.save_file
 
-        def failing(tensors, path, *args, count=count, save=save, **kwargs):
-            count[0] += 1
-            if count[0] in (3, 4):
-                Path(path).write_bytes(b"half")
-                raise OSError(errno.ENOSPC, "No space left on device")
-            save(tensors, path, *args, **kwargs)
+    def failing(tensors, path, *args, **kwargs):
+        kind = "adapter" if Path(path).name == "adapter_model.safetensors" else "state"
+        counts[kind] += 1
+        if counts[kind] in (3, 4):
+            Path(path).write_bytes(b"half")
+            raise NO_SPACE
+        save(tensors, path, *args, **kwargs)
 
-        module.save_file = failing
+    module.save_file = failing
     return launch.command(["train", *words])
 
 
@@ -232,12 +286,16 @@ def test_a_full_disk_during_a_save_is_told_and_the_run_goes_on(tmp_path):
 
 def train_without_space_for_adapters(words: list[str]) -> int:
     """Train where no adapter can ever be written."""
-    import lorafusion_megatron.models.adapter as adapter
+    from lorafusion_megatron.models import tensors as module
+
+    save = module.save_file
 
     def failing(tensors, path, *args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        if Path(path).name == "adapter_model.safetensors":
+            raise NO_SPACE
+        save(tensors, path, *args, **kwargs)
 
-    adapter.save_file = failing
+    module.save_file = failing
     return launch.command(["train", *words])
 
 
@@ -253,6 +311,17 @@ def test_a_last_adapter_that_can_not_be_written_is_not_lost_but_written_by_the_n
     launch.train(run_file)
     for name in ("a", "b"):
         assert tiny.same_bits(tiny.adapter(out, name), tiny.adapter(wanted, name))
+
+
+def test_a_job_that_ended_and_left_the_run_file_needs_no_data_any_more(tmp_path):
+    run_file, out = make(tmp_path, steps=3), tmp_path / "out"
+    launch.train(run_file)
+    (tmp_path / "data" / "a.jsonl").unlink()
+    late = yaml.safe_load((tmp_path / "late.yaml").read_text())
+    other = tiny.write_run(tmp_path / "other", [late], base=tmp_path / "base")
+    launch.train(other, f"checkpoint.save={out}")
+    assert statuses(out) == {"a": "finished", "b": "finished", "late": "finished"}
+    assert error(tmp_path, out, "late") < 1e-3
 
 
 def test_a_run_file_that_changed_an_adapter_does_not_resume(tmp_path, capsys):

@@ -140,6 +140,16 @@ def test_bad_arguments_end_in_one_line(
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("option", ["--gantt", "--trace"])
+def test_a_folder_in_the_place_of_a_picture_is_told_before_planning(
+    case: Case, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    folder = case.folder / ("plan.png" if option == "--gantt" else "plan.json")
+    folder.mkdir()
+    assert main(["plan", str(case.write()), option, str(folder)]) == 2
+    assert "it must be a file, and is a folder" in capsys.readouterr().err
+
+
 def test_it_runs_where_torch_can_not_be_imported(case: Case) -> None:
     script = (
         "import sys\n"

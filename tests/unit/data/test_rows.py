@@ -217,6 +217,12 @@ def test_tools_reach_the_template(model: Path) -> None:
     assert bytes(ids[:17]).decode() == '[{"name": "é<"}]'
 
 
+def test_half_a_surrogate_pair_in_a_field_that_only_the_template_reads_is_refused(model: Path) -> None:
+    template = "{{ tools | tojson }}" + CHATML
+    with pytest.raises(UserError, match="half of a surrogate pair"):
+        load(model, CONVERSATION | {"tools": [{"name": "x\ud800"}]}, chat_template=template)
+
+
 def test_generated_files_load_or_are_refused_in_one_line(tmp_path: Path) -> None:
     seen: list[str] = []
     fuzz_rows(tmp_path, 200, count=seen.append)

@@ -78,3 +78,19 @@ def test_a_first_host_that_is_not_known_is_named(monkeypatch: pytest.MonkeyPatch
 def test_this_machine_knows_its_loopback() -> None:
     assert "127.0.0.1" in interfaces()["lo"]
     assert address_towards("127.0.0.1", 29500) == "127.0.0.1"
+
+
+@pytest.mark.parametrize(("given", "ranks"), [(None, 1), ("", 1), ("8", 8)])
+def test_ranks_that_the_launcher_started(given: str | None, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if given is None:
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+    else:
+        monkeypatch.setenv("WORLD_SIZE", given)
+    assert hosts.world_size() == ranks
+
+
+@pytest.mark.parametrize("given", ["abc", "0", "-1", "2.0"])
+def test_a_world_size_that_is_no_number_is_told(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", given)
+    with pytest.raises(UserError, match="it is the number of ranks"):
+        hosts.world_size()

@@ -8,6 +8,7 @@ import torch
 
 from lorafusion_megatron.scheduler.build import PlanOptions, build_schedule
 from lorafusion_megatron.scheduler.trim import trim_schedule
+from lorafusion_megatron.training.checkpoints import _drop_old_steps
 from lorafusion_megatron.training.saver import PlanPosition, plan_saves
 from lorafusion_megatron.training.state import (
     StateWriter,
@@ -118,19 +119,36 @@ def test_a_missing_tensor_is_told(tmp_path):
 
 
 def test_a_window_saves_adapters_at_intervals_and_ends_and_states_between():
-    items = plan_saves(SCHEDULE, {0: 0, 1: 0, 2: 0}, {0: 6, 1: 4, 2: 6}, 2, WHERE)
+    items, since = plan_saves(SCHEDULE, {0: 0, 1: 0, 2: 0}, {0: 6, 1: 4, 2: 6}, 2, WHERE)
     adapters = {(job, step) for item in items if item.cut is None for job, step in item.wants.items()}
     assert adapters == {(0, 2), (0, 4), (0, 6), (1, 2), (1, 4), (2, 2), (2, 4), (2, 6)}
     states = [item for item in items if item.cut is not None]
     assert len(states) == 16 // 6
+    assert since == 16 % 6
     for item in states:
         done = {}
         for end in SCHEDULE.step_ends:
             if end.position < item.cut:
                 done[end.job] = end.step
         assert item.wants == {0: 0, 1: 0, 2: 0} | done
-    last = plan_saves(SCHEDULE, {0: 0, 1: 0, 2: 0}, {0: 6, 1: 4, 2: 6}, None, WHERE)
+    last, _ = plan_saves(SCHEDULE, {0: 0, 1: 0, 2: 0}, {0: 6, 1: 4, 2: 6}, None, WHERE)
     assert sorted(step for item in last for step in item.wants.values()) == [4, 6, 6]
+
+
+def test_windows_shorter_than_the_interval_save_states_all_the_same():
+    """A window that validation ends early, or large global batches: fewer steps than lie between two checkpoints."""
+    counts, since = [], 0
+    for _ in range(8):
+        items, since = plan_saves(SCHEDULE, {0: 0, 1: 0, 2: 0}, {0: 6, 1: 4, 2: 6}, 10, WHERE, since)
+        counts.append(sum(item.cut is not None for item in items))
+    assert sum(counts) == 8 * 16 // 30
+
+
+def test_jobs_that_ended_do_not_put_checkpoints_off():
+    """``num_steps`` names every job of the run; the interval is of those that the window trains."""
+    many = {job: 6 for job in range(100)} | {1: 4}
+    items, _ = plan_saves(SCHEDULE, {0: 0, 1: 0, 2: 0}, many, 2, WHERE)
+    assert sum(item.cut is not None for item in items) == 16 // 6
 
 
 @pytest.mark.parametrize("cut", range(0, SCHEDULE.num_microbatches + 1, 2))
@@ -158,3 +176,14 @@ def test_jobs_advance_in_proportion_and_end_together():
     assert shares == {0: 20, 1: 10, 2: 1}
     assert window_shares({0: 3}, {0: 10.0}, 1e9) == {0: 3}
     assert window_shares({0: 3, 1: 900}, {0: 1e9, 1: 1.0}, 1.0) == {0: 1, 1: 1}
+
+
+def test_the_step_folders_that_were_written_last_are_kept(tmp_path):
+    """Those of an earlier run in the same folder, which got further, make room for this run's."""
+    for order, step in enumerate((40, 50, 10, 20, 30)):
+        folder = tmp_path / f"step_{step}"
+        folder.mkdir()
+        os.utime(folder, ns=(order * 10**9, order * 10**9))
+    (tmp_path / "step_best").mkdir()
+    _drop_old_steps(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_20", "step_30", "step_best"]

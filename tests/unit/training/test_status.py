@@ -76,7 +76,7 @@ def test_requests_are_files_that_appear_whole(run_dir, capsys):
     assert main(["job", "pause", str(run_dir), "a"]) == 0
     (file,) = (run_dir / "inbox").iterdir()
     assert file.suffix == ".yaml"
-    assert file.read_text() == "op: pause\nname: a\n"
+    assert file.read_text() == 'op: pause\nname: "a"\n'
     assert main(["job", "list", str(run_dir)]) == 0
     text = capsys.readouterr().out
     assert "a  running  3/10" in text
