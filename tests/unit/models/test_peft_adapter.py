@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorafusion_megatron.errors import UserError
-from lorafusion_megatron.models import adapter as module
+from lorafusion_megatron.models import tensors as tensors_on_disk
 from lorafusion_megatron.models.adapter import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -176,10 +176,15 @@ def test_a_reader_at_any_moment_of_a_write_sees_a_whole_adapter_or_none(
     monkeypatch.setattr(os, "replace", watched(os.replace))
     monkeypatch.setattr(os, "fsync", watched(os.fsync))
     monkeypatch.setattr(Path, "unlink", watched(Path.unlink))
-    monkeypatch.setattr(module, "save_file", watched(save_file))
+    monkeypatch.setattr(tensors_on_disk, "save_file", watched(save_file))
     write_adapter(folder, new, base, random_tensors(model, new))
     order = list(dict.fromkeys(seen))
     assert order == (["old"] if exists else []) + (["none"] if not exists or not same_config else []) + ["new"]
+
+
+def test_safetensors_own_error_for_a_full_disk_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No such file or directory"):
+        tensors_on_disk.save_tensors({"x": torch.zeros(2)}, tmp_path / "missing" / "x.safetensors")
 
 
 def test_a_failed_write_leaves_the_older_adapter_and_nothing_else(
