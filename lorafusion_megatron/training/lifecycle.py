@@ -60,10 +60,10 @@ class Inbox:
                 continue
             try:
                 self._append({"window": window, **event})
-                file.unlink()
             except OSError as error:
                 self._note(f"request {file.name} waits: it could not be recorded ({error})")
                 break
+            file.unlink()
             now[event["name"]] = _after(event["op"])
             events.append({"window": window, **event})
         return events

@@ -48,6 +48,15 @@ class RunReport:
         self.speed: dict[str, float] = {}
         """Of the last window: tokens per second and GPU, idle share, share of the GPU's matrix rate (rank 0)."""
 
+    def paused(self) -> None:
+        """The run ends: say how the jobs that are paused then can go on."""
+        for job in self._jobs.values():
+            if job.status == "paused":
+                self._progress.note(
+                    f"{job.name} is paused at step {job.applied} of {job.num_steps}: to go on, lorafusion-megatron job "
+                    f"resume {self._folder} {job.name} and the same command again"
+                )
+
     def window(self, schedule: Schedule, result: WindowResult) -> None:
         """A window ended: idle share of the stages' time in it, and its part of the timeline."""
         mine = (self._groups.pp_rank, self._groups.dp_rank, self._groups.tp_rank, result)

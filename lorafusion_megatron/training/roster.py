@@ -70,14 +70,13 @@ class Roster:
         for replica in schedule.replicas:
             for microbatch in replica:
                 for sample in microbatch.samples:
-                    planned.setdefault((sample.job, sample.step), set()).add(sample)
-        for (index, step), samples in planned.items():
-            job = self.jobs[index]
-            if step <= job.applied:
-                continue
-            if job.source is None or step > job.num_steps or samples != set(job.source.batch(step).samples):
-                return False
-        return True
+                    if sample.step > self.jobs[sample.job].applied:
+                        planned.setdefault((sample.job, sample.step), set()).add(sample)
+
+        def is_step(job: Job, step: int, samples: set[Sample]) -> bool:
+            return job.source is not None and step <= job.num_steps and samples == set(job.source.batch(step).samples)
+
+        return all(is_step(self.jobs[index], step, samples) for (index, step), samples in planned.items())
 
     def check_new(self, config: JobConfig) -> None:
         """Raise where a job that wants to join can't be trained (rank 0).

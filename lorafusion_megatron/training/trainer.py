@@ -142,11 +142,7 @@ class Trainer:
         """Wait until everything is written, and end. ``complete``: whether every job ended."""
         if complete:
             self._release()
-            for job in [job for job in self.jobs.values() if job.status == "paused"]:
-                self.progress.note(
-                    f"{job.name} is paused at step {job.applied} of {job.num_steps}: to go on, lorafusion-megatron job "
-                    f"resume {self.folder} {job.name} and the same command again"
-                )
+            self.report.paused()
         self.checkpoint()
         self.saver.finish()
         self._close(not complete)

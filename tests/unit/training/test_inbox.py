@@ -59,6 +59,23 @@ def test_a_request_that_breaks_the_check_is_put_aside(tmp_path):
     assert [path.name for path in (tmp_path / "inbox").iterdir()] == ["x.yaml.refused"]
 
 
+def test_a_request_that_can_not_be_recorded_waits_and_is_met_once_there_is_room(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    said: list[str] = []
+    box = inbox(tmp_path, said)
+    (tmp_path / "inbox" / "x.yaml").write_text("op: pause\nname: a\n")
+    with monkeypatch.context() as patched:
+        patched.setattr(box, "_append", full)
+        assert box.decide(0, STATUSES, lambda _: None) == []
+    assert len(said) == 1
+    assert "request x.yaml waits: it could not be recorded" in said[0]
+    assert [path.name for path in (tmp_path / "inbox").iterdir()] == ["x.yaml"]
+    assert box.decide(1, STATUSES, lambda _: None) == [{"window": 1, "op": "pause", "name": "a"}]
+    assert not list((tmp_path / "inbox").iterdir())
+
+
 @pytest.mark.parametrize(("state", "job_status", "takes"), [("done", "paused", True), ("done", "finished", False)])
 def test_a_paused_job_of_a_run_that_ended_can_be_resumed(state, job_status, takes, tmp_path, capsys):
     jobs = [{"name": "a", "status": job_status, "reason": "", "step": 1, "num_steps": 10}]
