@@ -1,5 +1,8 @@
 """The one exception for mistakes of a user: a single line that says what was given, the rule and the mend."""
 
+from functools import partial
+from typing import Any
+
 
 class UserError(ValueError):
     """Input that the user can mend.
@@ -17,3 +20,7 @@ class UserError(ValueError):
         self.given, self.rule, self.remedy, self.key = given, rule, remedy, key
         where = f"{key}: " if key else ""
         super().__init__(" ".join(f"{where}{given}; {rule}; {remedy}".split()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Errors cross processes whole: rank 0 broadcasts what it found, and every rank raises it."""
+        return partial(UserError, rule=self.rule, remedy=self.remedy, key=self.key), (self.given,)

@@ -187,6 +187,11 @@ class Topology:
     data_parallel: int = 1
     sequence_parallel: bool = False
 
+    @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        return self.tensor_parallel * self.pipeline_parallel * self.context_parallel * self.data_parallel
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:

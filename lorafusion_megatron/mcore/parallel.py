@@ -62,7 +62,7 @@ def start(topology: Topology, *, device: str, seed: int, timeout_minutes: float)
     """Join the run that torchrun started and make Megatron's process groups.
 
     Args:
-        topology: sizes; data parallel is what the world leaves.
+        topology: sizes of the groups, which fill the run's ranks.
         device: "cuda" or "cpu".
         seed: of Megatron's own random states (unused by a frozen base; kept deterministic).
         timeout_minutes: after which a collective with a lost rank raises instead of hanging.
@@ -70,7 +70,7 @@ def start(topology: Topology, *, device: str, seed: int, timeout_minutes: float)
     Raises:
         UserError: this host has fewer GPUs than ranks.
     """
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = int(os.environ.get("RANK", "0")), topology.world_size
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if world == 1 and "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = "0"

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from ..mcore.gather import Factors
-from ..models.projections import resolve_targets, target_linears
+from ..models.projections import adapter_shapes, resolve_targets, target_linears
 from ..types import AdapterSpec, ModelSpec
 
 
@@ -42,3 +42,10 @@ def from_peft(tensors: Mapping[str, torch.Tensor], spec: AdapterSpec, model: Mod
                 for factor in ("A", "B"):
                     out[layer, projection.name, factor] = tensors[projection.tensor_name(layer, factor)]
     return out
+
+
+def factor_shapes(spec: AdapterSpec, model: ModelSpec) -> dict[tuple[int, str, str], tuple[int, ...]]:
+    """Every whole factor that the bank holds of an adapter, ``(layer, projection, "A" | "B")``, with its shape."""
+    shapes = adapter_shapes(model, spec.target_modules, spec.rank, layers=spec.layers_to_transform)
+    tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    return {key: tuple(factor.shape) for key, factor in from_peft(tensors, spec, model).items()}

@@ -12,8 +12,16 @@ from ..config.run import RunConfig
 from ..errors import UserError
 from ..mcore.parallel import Groups
 from ..mcore.steps import StepCounters
-from ..types import Schedule
-from .state import decode_schedule, drop_unfinished, newest_state
+from ..models.adapter import CONFIG_FILE, WEIGHTS_FILE
+from ..types import AdapterSpec, ModelSpec, Schedule
+from .adapters import factor_shapes
+from .state import PARTS, decode_schedule, drop_unfinished, factor_key, newest_state, read_shapes, state_file
+
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
+RUN_OUTPUTS = ("state", "events.jsonl", "metrics.jsonl", "trace.json")
+"""What a run writes into its folder, and a later one would take for its own."""
+JOB_OUTPUTS = (*ADAPTER_FILES, "losses.json", "evals.json", "best")
+"""What a job writes into its folder beside kept steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +54,7 @@ class Resumed:
 
 def find_resume(
     run: RunConfig,
+    spec: ModelSpec,
     groups: Groups,
     shape: Mapping[str, Any],
     note: Callable[[str], None],
@@ -56,28 +65,32 @@ def find_resume(
 
     Args:
         run: the run file.
+        spec: its base model.
         groups: this rank's groups.
         shape: what this run's schedules are made for.
         note: told what is passed over and what is taken.
         source: state folder to begin from; None: the run's own, where it resumes.
 
     Raises:
-        UserError: a job of the checkpoint has another adapter in the run file.
+        UserError: a job of the checkpoint has another adapter in the run file, or the base model another shape.
     """
-    folder = Path(run.checkpoint.save) / "state"
+    folder = run.checkpoint.save / "state"
     found = None
     if groups.is_first:
         if source is not None or run.checkpoint.resume == "auto":
             found = newest_state(source or folder, note)
             drop_unfinished(folder)
         if found is None:
-            _start_afresh(folder, note)
+            _start_afresh(run, note)
     found = groups.broadcast(found)
     if found is None:
         return Resumed(run=run, records={})
     path, manifest = found
     records = {record["name"]: record for record in manifest["jobs"]}
     merged = replace(run, jobs=_merge_jobs(run, records, note))
+    for index, record in enumerate(records.values()):
+        if record["counters"]:
+            _check_factors(path, merged.adapter_spec(index), spec)
     inside, window = manifest["inside"], manifest["window"]
     fits = inside and dict(manifest["shape"]) == dict(shape)
     steps = ", ".join(f"{name} {record['applied']}/{record['num_steps']}" for name, record in records.items())
@@ -132,10 +145,50 @@ def _check_same(name: str, before: JobConfig, now: JobConfig) -> None:
             )
 
 
-def _start_afresh(folder: Path, note: Callable[[str], None]) -> None:
-    """A run that begins anew must not be gone on with from an older one's checkpoints: these move aside."""
-    for path in (folder, folder.parent / "events.jsonl"):
-        if path.exists() and (path.is_file() or any(path.iterdir())):
-            aside = path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}.old")
-            path.rename(aside)
-            note(f"{path} of an earlier run was moved to {aside}")
+def _check_factors(path: Path, adapter: AdapterSpec, model: ModelSpec) -> None:
+    """An adapter can't go on on a base model of another shape."""
+    file = state_file(path, adapter.name)
+    found, expected = read_shapes(file), factor_shapes(adapter, model)
+    for (layer, projection, factor), shape in expected.items():
+        key = factor_key("master", layer, projection, factor)
+        if found.get(key) != shape:
+            has = f"is {list(found[key])}" if key in found else "is not there"
+            raise _other_base(f"{projection}.{factor} of layer {layer} in {file} {has}", f"makes it {list(shape)}")
+    if len(found) != len(PARTS) * len(expected):
+        raise _other_base(f"{file} holds {len(found) // len(PARTS)} factors", f"has {len(expected)}")
+
+
+def _other_base(given: str, rule: str) -> UserError:
+    return UserError(
+        given,
+        rule=f"the base model {rule}",
+        remedy="set it back to the model that the run began with, or set checkpoint.resume: never",
+        key="base_model.path",
+    )
+
+
+def _start_afresh(run: RunConfig, note: Callable[[str], None]) -> None:
+    """A run that begins anew must not be gone on with from an older one's checkpoints, nor show its results.
+
+    What an older run left under the folder moves into ``earlier-<time>``, but for what a job starts from.
+    """
+    folder = run.checkpoint.save
+    starts = [job.peft.init_from.resolve() for job in run.jobs if job.peft.init_from is not None]
+    outputs = [folder / name for name in RUN_OUTPUTS]
+    for job in run.jobs:
+        outputs += [folder / job.name / name for name in JOB_OUTPUTS] + sorted((folder / job.name).glob("step_*"))
+    there = [path for path in outputs if path.exists() and (path.is_file() or any(path.iterdir()))]
+    moving = [path for path in there if not any(_is_part(path.resolve(), start) for start in starts)]
+    if not moving:
+        return
+    aside = folder / f"earlier-{time.strftime('%Y%m%d-%H%M%S')}"
+    for path in moving:
+        target = aside / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    note(f"what an earlier run left in {folder} was moved to {aside}")
+
+
+def _is_part(path: Path, adapter: Path) -> bool:
+    """Whether the adapter in a folder needs ``path``."""
+    return path == adapter or path in adapter.parents or (path.parent == adapter and path.name in ADAPTER_FILES)

@@ -40,11 +40,11 @@ class StateWriter:
     def job(self, name: str, parts: Mapping[str, Factors]) -> None:
         """Write masters and moments of one job."""
         tensors = {
-            f"{part}/{layer}.{projection}.{factor}": tensor
+            factor_key(part, layer, projection, factor): tensor
             for part, factors in parts.items()
             for (layer, projection, factor), tensor in factors.items()
         }
-        file = self._temporary / f"{name}.safetensors"
+        file = state_file(self._temporary, name)
         save_tensors(tensors, file)
         self._seal(file)
 
@@ -126,18 +126,34 @@ def load_job(path: Path, name: str, keys: list[tuple[int, str]]) -> Iterator[tup
         ValueError: a tensor is missing.
     """
     try:
-        with safe_open(path / f"{name}.safetensors", framework="pt", device="cpu") as file:
+        with safe_open(state_file(path, name), framework="pt", device="cpu") as file:
             for part in PARTS:
                 yield (
                     part,
                     {
-                        (layer, projection, factor): file.get_tensor(f"{part}/{layer}.{projection}.{factor}")
+                        (layer, projection, factor): file.get_tensor(factor_key(part, layer, projection, factor))
                         for layer, projection in keys
                         for factor in ("A", "B")
                     },
                 )
     except SafetensorError as error:
-        raise ValueError(f"{path / name}.safetensors: {error}") from None
+        raise ValueError(f"{state_file(path, name)}: {error}") from None
+
+
+def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a job's file with its shape."""
+    with safe_open(file, framework="pt", device="cpu") as opened:
+        return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+
+
+def state_file(path: Path, job: str) -> Path:
+    """The file of a job in a checkpoint."""
+    return path / f"{job}.safetensors"
+
+
+def factor_key(part: str, layer: int, projection: str, factor: str) -> str:
+    """The name of one factor's master or moment in that file."""
+    return f"{part}/{layer}.{projection}.{factor}"
 
 
 def drop_old(folder: Path, keep: int) -> None:

@@ -1,6 +1,5 @@
 """The loop: decide, validate, plan a window, run it through Megatron's schedule, save on the side."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,21 +7,20 @@ from typing import Any
 from ..config.build import Builder
 from ..config.job import JobConfig
 from ..config.run import RunConfig
-from ..data.collate import collate
-from ..data.dataset import JobDataset
-from ..mcore.batch import HostBatch, host_batch
 from ..mcore.parallel import Groups
 from ..mcore.stop import StopVote
-from ..mcore.stream import DeviceBatch, StreamRunner
+from ..mcore.stream import StreamRunner
 from ..scheduler.trim import trim_schedule
-from ..scheduler.windows import WindowPlanner
-from ..types import GlobalBatch, Microbatch, Schedule, StepReport
+from ..types import Schedule, StepReport
+from .batches import BatchMaker
 from .checkpoints import CheckpointWriter
 from .evaluate import mean_losses, plan_evaluation
 from .garbage import Collector
 from .jobs import Job
 from .lifecycle import Inbox
+from .lock import lock_folder, unlock_folder
 from .loggers import Loggers
+from .next_window import NextWindow
 from .output import MetricsLog
 from .prefetch import prefetch
 from .progress import Progress
@@ -33,7 +31,6 @@ from .roster import Roster
 from .saver import PlanPosition, SaveItem, Saver, plan_saves
 from .setup import Prepared
 from .signals import Stop
-from .windows import window_shares
 
 
 class Trainer:
@@ -60,6 +57,7 @@ class Trainer:
     ) -> None:
         self.prepared, self.groups, self.progress, self.stop = prepared, groups, progress, stop
         self.folder = Path(prepared.run.checkpoint.save)
+        self._lock()
         self.rack = AdapterRack(prepared, groups, model or build_model(prepared, groups))
         self.runner = StreamRunner(
             self.rack.chunks, self.rack.steps, on_applied=self._on_applied, on_report=self._on_report
@@ -70,7 +68,7 @@ class Trainer:
         """Ended jobs whose last adapter could not be written yet; they stay on the model."""
         self._unsaved_steps = 0
         """Steps of all jobs since the last checkpoint."""
-        resumed = find_resume(prepared.run, groups, self._shape(), progress.note, source=resume_from)
+        resumed = find_resume(prepared.run, prepared.spec, groups, self._shape(), progress.note, source=resume_from)
         self.window, self._left = resumed.window, resumed.schedule
         self.roster = Roster(prepared, self.rack, resumed)
         if self._left is not None and not self.roster.still_plans(self._left):
@@ -93,7 +91,8 @@ class Trainer:
         )
         self.writer.last_state = str(resumed.path) if resumed.path else None
         self.saver = Saver(groups, write_adapter=self.writer.adapter, write_state=self.writer.state)
-        self.planner = WindowPlanner()
+        self.next_window = NextWindow(prepared, groups, self.roster, progress.note)
+        self.batches = BatchMaker(prepared, groups, self.roster)
         self.collector = Collector(active=groups.device.type == "cuda")
         self._report_status("running")
 
@@ -121,7 +120,7 @@ class Trainer:
     def advance(self) -> bool:
         """Run the next window; False where no job is left to train."""
         released = self._left is None and self._between_windows()
-        schedule = self._left or self._plan()
+        schedule = self._left or self.next_window.plan()
         if schedule is None:
             return False
         self.collector.before_window(released=released)
@@ -173,8 +172,8 @@ class Trainer:
         vote = StopVote(self.groups, self.stop.wished, lead=2 * pipeline * chunks, interval=2 * pipeline * chunks)
         result = self.runner.run(
             rest,
-            lambda: prefetch(self._batches(rest, applied), self.groups.device),
-            noop=self._noop(),
+            lambda: prefetch(self.batches.training(rest, applied), self.groups.device),
+            noop=self.batches.noop(),
             vote=vote,
             flush=self.run.runtime.schedule == "sequential",
         )
@@ -250,89 +249,6 @@ class Trainer:
                 job.dataset = job.source = job.eval_dataset = None
         return True
 
-    def _plan(self) -> Schedule | None:
-        """The next window, made on rank 0, the same on all ranks; None where no job is left to train.
-
-        While a window trains, a process of its own plans the one that follows if no job comes or leaves.
-        """
-        applied = self._all_applied()
-        batches = self._next_batches(applied)
-        if not batches:
-            return None
-        schedule = None
-        if self.groups.is_first:
-            schedule = self.planner.take(batches, self.prepared.plan_options)
-            if self.run.runtime.schedule != "sequential":
-                self.progress.note(f"predicted {self.planner.speedup:.2f} times as fast as one job after the other")
-            following = self._next_batches(applied | {job[-1].job: job[-1].step for job in batches})
-            if following:
-                self.planner.prepare(following, self.prepared.plan_options)
-        return self.groups.broadcast(schedule)
-
-    def _next_batches(self, applied: dict[int, int]) -> list[list[GlobalBatch]]:
-        """Per running job its global batches of the window that begins after ``applied`` steps; empty at the end.
-
-        Ranks other than 0 only need to know whether there are any.
-        """
-        jobs = [job for job in self.jobs.values() if job.status == "running" and applied[job.index] < job.num_steps]
-        remaining = {job.index: job.num_steps - applied[job.index] for job in jobs}
-        tokens = {job.index: self.tokens_per_step(job) for job in jobs}
-        shares = window_shares(remaining, tokens, self.window_tokens)
-        out = []
-        for job in jobs:
-            assert job.source is not None
-            done = applied[job.index]
-            count = min(shares[job.index], job.steps_until_eval(done)) if self.groups.is_first else 1
-            out.append([job.source.batch(done + 1 + i) for i in range(count)])
-        return out
-
-    @property
-    def window_tokens(self) -> float:
-        """Tokens that a window should hold, over all replicas."""
-        runtime = self.run.runtime
-        return float(runtime.max_window_microbatches * runtime.token_capacity * self.groups.dp_size)
-
-    @staticmethod
-    def tokens_per_step(job: Job) -> float:
-        """Mean tokens of a job's global batch."""
-        assert job.dataset is not None
-        return float(job.dataset.lengths.mean()) * job.config.train.global_batch_size
-
-    def _batches(self, schedule: Schedule, applied: dict[int, int]) -> Iterator[HostBatch]:
-        """This replica's microbatches, in order; samples of steps that are done already have weight 0."""
-        datasets = {index: job.dataset for index, job in self.jobs.items() if job.dataset is not None}
-        for microbatch in schedule.replicas[self.groups.dp_rank]:
-            done = {sample.job: applied[sample.job] for sample in microbatch.samples}
-            yield self._batch(microbatch, datasets, done)
-
-    def _batch(
-        self,
-        microbatch: Microbatch,
-        datasets: dict[int, JobDataset],
-        done: dict[int, int] | None = None,
-        *,
-        validation: bool = False,
-    ) -> HostBatch:
-        packed = collate(microbatch, datasets, self.prepared.padding_multiple, row_multiple=self.prepared.row_multiple)
-        for job, steps in (done or {}).items():
-            packed.loss_weights[(packed.row_job == job) & (packed.row_step <= steps)] = 0.0
-        jobs = {sample.job for sample in microbatch.samples}
-        return host_batch(
-            packed,
-            seeds={job: self.run.job_seed(job) for job in jobs},
-            slots={job: self._slot(job) + validation for job in jobs},
-            tile=self.prepared.backend.tile,
-            pinned=self.groups.device.type == "cuda",
-        )
-
-    def _slot(self, job: int) -> int:
-        slot = self.jobs[job].slot
-        assert slot is not None
-        return slot
-
-    def _noop(self) -> DeviceBatch:
-        return self._batch(Microbatch(), {}).to(self.groups.device)[0]
-
     # ------------------------------------------------------------------ steps
 
     def _on_applied(self, index: int, step: int) -> None:
@@ -366,11 +282,8 @@ class Trainer:
         )
         microbatches = schedule.replicas[self.groups.dp_rank]
         sums = self.runner.evaluate(
-            lambda: prefetch(
-                (self._batch(microbatch, datasets, validation=True) for microbatch in microbatches),
-                self.groups.device,
-            ),
-            [m.rows(self.prepared.padding_multiple, self.prepared.row_multiple) for m in microbatches],
+            lambda: prefetch(self.batches.validation(microbatches, datasets), self.groups.device),
+            self.batches.rows(microbatches),
             schedule.token_capacity,
         )
         items = []
@@ -425,11 +338,22 @@ class Trainer:
     def _report_status(self, state: str) -> None:
         self.report.status(state, window=self.window, last_checkpoint=self.writer.last_state)
 
+    def _lock(self) -> None:
+        """Keep other runs out of the folder.
+
+        Raises:
+            UserError: on every rank, where another process has it.
+        """
+        error = lock_folder(self.folder, self.progress.note) if self.groups.is_first else None
+        if (error := self.groups.broadcast(error)) is not None:
+            raise error
+
     def _close(self, stopped: bool) -> None:
-        self.planner.close()
+        self.next_window.close()
         self.collector.close()
         self.report.timeline()
         self._report_status("stopped" if stopped else "done")
         if self.metrics and self.loggers:
             self.metrics.close()
             self.loggers.close()
+            unlock_folder(self.folder)

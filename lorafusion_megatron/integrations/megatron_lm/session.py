@@ -14,7 +14,6 @@ from ...training.progress import make_progress
 from ...training.rack import InjectedModel
 from ...training.setup import Prepared
 from ...training.trainer import Trainer
-from ...training.windows import window_shares
 from .base import take_over
 from .checkpoint import Counts, find_checkpoint, read_counts, write_checkpoint
 from .entry import one_line_errors
@@ -144,7 +143,7 @@ class Session:
         """No iterators of Megatron's: a window makes its own. From here on it is known what is left to train."""
         self.args.do_train, self.args.do_valid, self.args.do_test = True, False, False
         self._set_iterations(self.args.iteration)
-        if not self._windows_left():
+        if not self._running().next_window.windows_left():
             self._running().progress.note("every job has ended already")
             self._finish(complete=True)
         return None, None, None
@@ -169,7 +168,7 @@ class Session:
         config.grad_scale_func = None  # set by the loop for loss scaling; here the losses carry their weights
         before = {index: job.applied for index, job in trainer.jobs.items()}
         trainer.advance()
-        while not trainer.stopped and not self._windows_left() and trainer.advance():
+        while not trainer.stopped and not trainer.next_window.windows_left() and trainer.advance():
             pass  # jobs that joined at the end of the last window
         self.microbatches.set(self._watched().num_microbatches)
         self._set_iterations(iteration + 1)
@@ -178,7 +177,7 @@ class Session:
             for index, job in trainer.jobs.items()
             if job.applied > before.get(index, 0)
         }
-        if not trainer.stopped and not self._windows_left():
+        if not trainer.stopped and not trainer.next_window.windows_left():
             self._finish(complete=True)
         return losses, 0, False, False, 0, None, None, None
 
@@ -245,19 +244,7 @@ class Session:
 
     def _set_iterations(self, done: int) -> None:
         """Megatron's number of iterations: those done and the windows that are left as far as is known now."""
-        self.args.train_iters = done + self._windows_left()
-
-    def _windows_left(self) -> int:
-        trainer = self._running()
-        jobs = [job for job in trainer.jobs.values() if job.status == "running" and job.applied < job.num_steps]
-        remaining = {job.index: job.num_steps - job.applied for job in jobs}
-        tokens = {job.index: trainer.tokens_per_step(job) for job in jobs}
-        windows = 0
-        while remaining:
-            shares = window_shares(remaining, tokens, trainer.window_tokens)
-            remaining = {job: left - shares[job] for job, left in remaining.items() if left > shares[job]}
-            windows += 1
-        return windows
+        self.args.train_iters = done + self._running().next_window.windows_left()
 
     def _running(self) -> Trainer:
         assert self.trainer is not None, "the model was not wrapped: pretrain(...) must build it"
