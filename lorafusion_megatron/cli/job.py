@@ -9,10 +9,14 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from lorafusion_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from lorafusion_megatron.config.job import JobConfig
 
 PATHS = (("dataset", "path"), ("dataset", "chat_template"), ("eval", "path"), ("peft", "init_from"))
 """Keys of a job that name a file or folder."""
@@ -94,20 +98,17 @@ def _read_job(path: Path) -> str:
             f"{path} can't be read ({error})", rule="a job is a YAML file", remedy="check the path", key="JOB.yaml"
         ) from None
     raw = parse_yaml(text, source=str(path))
-    Builder(path.parent).section(JobConfig, raw, str(path))
-    # The run looks relative paths up in its own folders: what exists from here is made absolute.
-    return _absolute(text, path.parent, raw)
+    job = Builder(path.parent).section(JobConfig, raw, str(path))
+    return _absolute(text, raw, job)
 
 
-def _absolute(text: str, folder: Path, raw: object) -> str:
-    assert isinstance(raw, dict)
+def _absolute(text: str, raw: Any, job: "JobConfig") -> str:
+    """The text with absolute paths: the run would look relative ones up in its own folders."""
     changed = False
     for section, key in PATHS:
-        value = (raw.get(section) or {}).get(key)
+        found = getattr(getattr(job, section), key)
         # A chat template may also be given as it is; a file's name has no brace.
-        if isinstance(value, str) and "{" not in value and not Path(value).is_absolute():
-            path = Path(value).expanduser()
-            found = path if path.exists() else folder / path
-            raw[section][key] = str(found.absolute())
+        if found is not None and "{" not in str(found):
+            raw[section][key] = os.path.abspath(found)
             changed = True
-    return yaml.safe_dump(raw, sort_keys=False) if changed else text
+    return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True) if changed else text

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from lorafusion_megatron.scheduler.report import PlanReport
     from lorafusion_megatron.types import GlobalBatch, ModelSpec, Schedule
 
-TRITON_TILE = 64
-"""Rows that the Triton kernels pad each job's part of a microbatch to."""
 FIGURES = ("microbatches", "noops", "fill", "predicted_seconds", "bubble_share", "split_bound", "lemma_bound")
 
 
@@ -109,13 +107,16 @@ def _load(args: argparse.Namespace) -> _Work:
     from lorafusion_megatron.training.calibrate import calibrate
     from lorafusion_megatron.training.inputs import job_batches, load_inputs
     from lorafusion_megatron.training.memory import describe, predict_run_memory
-    from lorafusion_megatron.training.planning import choose_layers, cost_model, plan_options
+    from lorafusion_megatron.training.planning import (
+        choose_layers,
+        cost_model,
+        expected_tile,
+        padding_multiple,
+        plan_options,
+    )
 
     run_config = load_run(args.run_file, args.overrides)
-    runtime = run_config.runtime
-    padding = runtime.padding_multiple or (
-        1 if runtime.device == "cpu" or runtime.lora_backend == "torch" else TRITON_TILE
-    )
+    padding = padding_multiple(run_config.runtime, expected_tile(run_config.runtime))
     notes: tuple[str, ...] = ()
     if args.lengths is None:
         inputs = load_inputs(run_config, padding_multiple=padding)

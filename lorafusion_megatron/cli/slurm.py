@@ -1,6 +1,7 @@
 """``slurm``: write the batch script that trains a run file on a SLURM cluster."""
 
 import argparse
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -9,6 +10,9 @@ from pathlib import Path
 
 from lorafusion_megatron.errors import UserError
 
+TIME = re.compile(r"(?:(?P<days>\d+)-(?=\d))?(?P<parts>\d+(?::\d{1,2}){0,2})")
+MOST_WARN_SECONDS = 65535
+"""What sbatch's ``--signal`` takes."""
 HEAD = """\
 #!/usr/bin/env bash
 # Trains the jobs of one run file on the nodes of a SLURM job, {how}.
@@ -265,6 +269,7 @@ def job_from(args: argparse.Namespace) -> SlurmJob:
     for text in (args.time, args.job_name, args.setup, args.container_image, args.container_mounts, *options):
         if "\n" in text:
             raise UserError(repr(text), rule="options are single lines", remedy="remove the line break")
+    _check_time(args.time, args.warn_seconds)
     return SlurmJob(
         nodes=args.nodes,
         processes_per_node=processes,
@@ -280,6 +285,38 @@ def job_from(args: argparse.Namespace) -> SlurmJob:
         container_image=args.container_image,
         container_mounts=args.container_mounts,
     )
+
+
+def _check_time(limit: str, warn_seconds: int) -> None:
+    """Check a time limit as sbatch(1) reads it: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS, or none."""
+    if warn_seconds > MOST_WARN_SECONDS:
+        raise UserError(
+            f"got {warn_seconds}",
+            rule=f"SLURM warns at most {MOST_WARN_SECONDS} seconds ahead",
+            remedy="give less",
+            key="--warn-seconds",
+        )
+    if limit.upper() in ("UNLIMITED", "INFINITE"):
+        return
+    found = TIME.fullmatch(limit)
+    if found is None:
+        raise UserError(
+            f"got {limit!r}",
+            rule="a time limit is MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS",
+            remedy="write 24:00:00 for a day",
+            key="--time",
+        )
+    days, parts = found["days"], [int(part) for part in found["parts"].split(":")]
+    # Without days a single number is minutes and two are minutes and seconds; with days the first is hours.
+    units = (3600, 60, 1) if days or len(parts) == 3 else (60, 1)
+    seconds = 86400 * int(days or 0) + sum(unit * part for unit, part in zip(units, parts, strict=False))
+    if 0 < seconds <= warn_seconds:  # 0 asks SLURM for no limit
+        raise UserError(
+            f"{limit} ({seconds} s)",
+            rule=f"the run is told to save {warn_seconds} s before it",
+            remedy="give a longer limit or fewer --warn-seconds",
+            key="--time",
+        )
 
 
 def _this_python(*, in_container: bool) -> str:

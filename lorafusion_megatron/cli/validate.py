@@ -19,17 +19,40 @@ def run(args: argparse.Namespace) -> int:
     """Check and print a summary; 0 unless something is wrong."""
     from lorafusion_megatron.config import load_run
     from lorafusion_megatron.training.inputs import load_inputs
+    from lorafusion_megatron.training.planning import expected_tile, padding_multiple
 
     run_config = load_run(args.run_file, args.overrides)
-    inputs = load_inputs(run_config, padding_multiple=run_config.runtime.padding_multiple or 1)
-    print(summary(run_config, inputs))
+    runtime = run_config.runtime
+    sure = runtime.device == "cuda" or runtime.lora_backend == "triton"
+    padding = padding_multiple(runtime, expected_tile(runtime) if sure else 1)
+    inputs = load_inputs(run_config, padding_multiple=padding)
+    print(summary(run_config, inputs, _too_long_on_gpu(run_config, inputs)))
     return 0
+
+
+def _too_long_on_gpu(run_config: "RunConfig", inputs: "Inputs") -> list[str]:
+    """Notes on jobs whose longest row fits into a microbatch as it is, but not padded to a GPU's tiles."""
+    from lorafusion_megatron.training.planning import expected_tile, padding_multiple
+    from lorafusion_megatron.types import padded
+
+    runtime = run_config.runtime
+    multiple = padding_multiple(runtime, expected_tile(runtime))
+    notes = []
+    for datasets in (inputs.datasets, inputs.eval_datasets):
+        for index, rows in datasets.items():
+            longest = int(rows.lengths.max())
+            if padded(longest, multiple) > runtime.token_capacity:
+                notes.append(
+                    f"{run_config.jobs[index].name}: a GPU pads rows to {multiple}, and a row of {longest} tokens does "
+                    f"not fit into token_capacity = {runtime.token_capacity} then: train refuses it there"
+                )
+    return notes
 
 
 HEAD = ("job", "rank", "alpha", "rows", "tokens", "labels", "longest", "batch", "steps", "epochs", "lr")
 
 
-def summary(run_config: "RunConfig", inputs: "Inputs") -> str:
+def summary(run_config: "RunConfig", inputs: "Inputs", notes: Sequence[str] = ()) -> str:
     """What a checked run would be: model, layout, a table of the jobs, notes."""
     spec, model = inputs.spec, run_config.model
     sizes = [f"tensor {model.tensor_model_parallel_size}", f"pipeline {model.pipeline_model_parallel_size}"]
@@ -44,8 +67,8 @@ def summary(run_config: "RunConfig", inputs: "Inputs") -> str:
         "",
         *_aligned([HEAD, *(_job_row(run_config, inputs, index) for index in inputs.datasets)]),
     ]
-    if inputs.notes:
-        lines += ["", *(f"note: {note}" for note in inputs.notes)]
+    if notes := (*inputs.notes, *notes):
+        lines += ["", *(f"note: {note}" for note in notes)]
     return "\n".join(lines)
 
 

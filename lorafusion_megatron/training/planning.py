@@ -1,13 +1,27 @@
 """What a run's plan depends on, said once for `plan`, which only draws it, and `train`, which obeys it."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..config.run import RunConfig
+from ..config.run import RunConfig, RuntimeConfig
 from ..scheduler.cost import CostModel, Load, default_cost_model, split_loads
 from ..scheduler.options import PlanOptions
 from ..scheduler.split import best_layers, split_advice
 from ..types import ModelSpec
+
+TRITON_TILE = 64
+"""Rows of a tile of the Triton kernels (`lora.triton_backend.TILE`, said again where torch is not needed)."""
+
+
+def padding_multiple(runtime: RuntimeConfig, tile: int) -> int:
+    """Rows that each job's part of a microbatch is padded to, for a backend's ``tile``."""
+    return math.lcm(runtime.padding_multiple or 1, tile)
+
+
+def expected_tile(runtime: RuntimeConfig) -> int:
+    """The tile of the backend that trains where the run file leaves it to a machine with a GPU."""
+    return 1 if runtime.device == "cpu" or runtime.lora_backend == "torch" else TRITON_TILE
 
 
 def cost_model(run: RunConfig, spec: ModelSpec) -> CostModel:

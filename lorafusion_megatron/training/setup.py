@@ -1,6 +1,5 @@
 """From a run file to everything that training needs, before any process group is made."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,7 @@ from ..types import ModelSpec, Topology
 from .cpu_dtype import slow_dtype_note
 from .hosts import world_size
 from .inputs import load_inputs
-from .planning import choose_layers, cost_model, plan_options
+from .planning import choose_layers, cost_model, padding_multiple, plan_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +67,7 @@ def prepare(run: RunConfig, *, gpu: torch.device | None = None) -> Prepared:
             torch.cuda.set_device(gpu)
     transformer_impl, reason = choose_transformer(run, device)
     backend = choose_backend(run, device)
-    padding = math.lcm(run.runtime.padding_multiple or 1, backend.tile)
+    padding = padding_multiple(run.runtime, backend.tile)
     inputs = load_inputs(run, padding_multiple=padding)
     spec = inputs.spec
     cost = cost_model(run, spec)

@@ -1,4 +1,4 @@
-"""A run's folder holds one run: two at once are refused, an older one's results move aside, another base is no resume."""
+"""A folder holds one run: two at once are refused, an older one's results move aside, another base is no resume."""
 
 import json
 import os

@@ -244,6 +244,11 @@ def test_a_run_that_ends_well_in_spite_of_the_warning_is_done(bench: Bench, run_
         (("--nodes", "3", "--gpus-per-node", "1"), r"3 ranks .*multiple of 2"),
         (("--nodes", "2", "--gpus-per-node", "1", "--sbatch=--mem=0\n#"), r"single lines"),
         (("--nodes", "2", "--gpus-per-node", "x"), r"invalid int value: 'x'"),
+        (("--nodes", "2", "--gpus-per-node", "1", "--time", "a day"), r"--time: got 'a day'; .*24:00:00"),
+        (("--nodes", "2", "--gpus-per-node", "1", "--time", "1-"), r"--time: got '1-'"),
+        (("--nodes", "2", "--gpus-per-node", "1", "--time", "2:30"), r"--time: 2:30 \(150 s\); .* 180 s before"),
+        (("--nodes", "2", "--gpus-per-node", "1", "--time", "3"), r"--time: 3 \(180 s\)"),
+        (("--nodes", "2", "--gpus-per-node", "1", "--warn-seconds", "70000"), r"--warn-seconds: got 70000"),
         (("--nodes", "2", "--gpus-per-node", "1", "--output", "/nowhere/x"), r"--output: /nowhere/x can't be written"),
     ],
 )
@@ -276,3 +281,11 @@ def test_sbatch_gets_what_was_asked_for(tmp_path: Path, run_file: Path, capsys: 
         "--partition=gpu",
         "--mem=0",
     ]
+
+
+@pytest.mark.parametrize("limit", ["4", "3:30", "00:03:30", "1-0", "1-00:00", "7-00:00:00", "0", "unlimited"])
+def test_every_form_of_a_time_limit_that_sbatch_takes_is_taken(
+    limit: str, run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["slurm", str(run_file), "--nodes", "2", "--gpus-per-node", "1", "--time", limit, "--output", "-"]) == 0
+    assert f"#SBATCH --time={limit}\n" in capsys.readouterr().out

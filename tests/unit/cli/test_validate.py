@@ -84,3 +84,20 @@ def test_help_of_a_command_shows_its_arguments(capsys: pytest.CaptureFixture[str
     text = capsys.readouterr().out
     assert "RUN.yaml" in text
     assert "override a key of the run file" in text
+
+
+@pytest.mark.parametrize("section", ["dataset", "eval"])
+def test_a_row_that_only_a_run_without_a_gpu_takes_is_told(
+    section: str, case: Case, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A GPU pads 70 tokens to 128: where a run may take one it is told, where it must it is refused as by train."""
+    long = write_rows(case.folder / "long.jsonl", [*id_rows(3), {"prompt_ids": [5] * 40, "completion_ids": [6] * 30}])
+    words = [f"jobs.first.{section}.path={long}", "runtime.token_capacity=100", "runtime.device=auto"]
+    words += ["jobs.first.eval.interval=1"] if section == "eval" else []
+    assert notes(case, capsys, *words) == [
+        "first: a GPU pads rows to 64, and a row of 70 tokens does not fit into token_capacity = 100 then: train "
+        "refuses it there"
+    ]
+    assert notes(case, capsys, *words, "runtime.device=cpu") == []
+    assert main(["validate", str(case.write()), *words, "runtime.device=cuda"]) == 2
+    assert "rows are padded to a multiple of 64" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from lorafusion_megatron.lora import triton_backend, triton_product
 from lorafusion_megatron.lora.reference import TorchBackend
 from lorafusion_megatron.lora.routing import RoutedSegment, build_routing
 from lorafusion_megatron.lora.triton_backend import TritonBackend
+from lorafusion_megatron.training.planning import TRITON_TILE
 
 ROUTINGS = int(os.environ.get("LORAFUSION_ROUTINGS", "24"))
 """Random routings to try; a few hundred before a release, 24 in the suite (0.3 s each)."""
@@ -283,3 +284,7 @@ def test_adapters_on_another_device_are_refused():
     )
     with pytest.raises(ValueError, match="on meta, a backend for cpu"):
         backend().forward(case.x, case.weight, None, case.adapters, routing)
+
+
+def test_the_plan_knows_the_tile_without_torch() -> None:
+    assert triton_backend.TILE == TRITON_TILE == TILE

@@ -105,3 +105,25 @@ def test_files_that_a_new_job_names_are_found_from_its_folder_or_the_home(tmp_pa
     Inbox(tmp_path, pytest.fail).decide(0, {}, seen.append)
     assert str(seen[0].dataset.path) == str(tmp_path / "home" / "d.jsonl")
     assert seen[0].dataset.chat_template == str(tmp_path / "tpl.jinja")
+
+
+def test_the_command_and_the_run_mean_the_same_file_by_a_relative_path(tmp_path, monkeypatch):
+    """One rule: from here, else beside the job's file; one that is nowhere is named as the run would name it."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for folder in (here, tmp_path):
+        (folder / "both.jsonl").write_text("")
+    (tmp_path / "beside.jsonl").write_text("")
+    status = {"state": "running", "window": 1, "bubble_share": 0.04, "jobs": [], "last_checkpoint": None}
+    (tmp_path / "status.json").write_text(json.dumps(status))
+    (tmp_path / "metrics.jsonl").write_text("")
+    for name, folder in (("both", here), ("beside", tmp_path), ("nowhere", here)):
+        job = tmp_path / "job.yaml"
+        job.write_text(
+            f"name: {name}\ndataset: {{path: {name}.jsonl}}\ntrain: {{global_batch_size: 1, train_iters: 1}}\n"
+        )
+        assert main(["job", "add", str(tmp_path), str(job)]) == 0
+        seen = []
+        Inbox(tmp_path, pytest.fail).decide(0, {}, seen.append)
+        assert seen[-1].dataset.path == folder / f"{name}.jsonl"
