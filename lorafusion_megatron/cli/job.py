@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
             key="RUN_DIR",
         )
     if args.action == "add":
-        text, name = _read_job(args.job_file), args.job_file.stem
+        text, name = _read_job(args.job_file)
     else:
         known = {job.name for job in status.jobs}
         if args.name not in known:
@@ -75,18 +76,34 @@ def run(args: argparse.Namespace) -> int:
             )
         # Quoted: YAML would read some names as numbers or null.
         text, name = f"op: {args.action}\nname: {json.dumps(args.name)}\n", f"{args.action}-{args.name}"
-    inbox.mkdir(exist_ok=True)
-    # Written under a name that the run does not read, then renamed: it never sees half of one.
-    target = inbox / f"{time.time_ns()}-{name}.yaml"
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.rename(target)
+    target = _leave(inbox, name, text)
     print(f"{target} is read when {'the same command is started again' if waits else 'the window of the run ends'}")
     return 0
 
 
-def _read_job(path: Path) -> str:
-    """The text of a job file, after the checks that need neither the model nor the data."""
+def _leave(inbox: Path, name: str, text: str) -> Path:
+    """Write a request into the inbox; returns its file."""
+    # Written under a name that the run does not read, then renamed: it never sees half of one.
+    target = inbox / f"{time.time_ns()}-{name}.yaml"
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        inbox.mkdir(exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.rename(target)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise UserError(
+            f"{inbox} can't be written ({error.strerror or error})",
+            rule="requests are files in this folder",
+            remedy="make it a folder that you may write",
+            key="RUN_DIR",
+        ) from None
+    return target
+
+
+def _read_job(path: Path) -> tuple[str, str]:
+    """The text of a job file and the job's name, after the checks that need neither the model nor the data."""
     from lorafusion_megatron.config.build import Builder
     from lorafusion_megatron.config.job import JobConfig
     from lorafusion_megatron.config.yaml_reader import parse_yaml
@@ -99,7 +116,7 @@ def _read_job(path: Path) -> str:
         ) from None
     raw = parse_yaml(text, source=str(path))
     job = Builder(path.parent).section(JobConfig, raw, str(path))
-    return _absolute(text, raw, job)
+    return _absolute(text, raw, job), job.name
 
 
 def _absolute(text: str, raw: Any, job: "JobConfig") -> str:

@@ -85,8 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except UserError as error:
-        # Under torchrun every rank meets the same mistake: one line a machine is enough.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        # Under torchrun every rank of a machine meets the same mistake: one line is enough.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or "LOCAL_WORLD_SIZE" not in os.environ:
             print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

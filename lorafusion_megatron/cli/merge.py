@@ -25,11 +25,13 @@ def run(args: argparse.Namespace) -> int:
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("merging", total=None)
-        merge_adapter(
+        other = merge_adapter(
             args.base,
             args.adapter,
             args.output,
             progress=lambda written, total: progress.update(task, completed=written, total=total),
         )
     print(f"merged model: {args.output}")
+    if other:
+        print(f"note: the adapter names {other} as its base model, and was merged into {args.base}")
     return 0

@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,12 +77,13 @@ def run(args: argparse.Namespace) -> int:
     work = _load(args)
     with _Bar(len(SCHEDULES) * sum(source.num_steps for source in work.sources.values())) as bar:
         planned = {kind: _plan(work, kind, bar) for kind in SCHEDULES}
-    _draw(args, work, planned[work.run.runtime.schedule])
     if args.json:
         figures = {kind: {name: getattr(plan.report, name) for name in FIGURES} for kind, plan in planned.items()}
         print(json.dumps({"planning_seconds": planned["staggered"].seconds, **figures}))
     else:
         print(_summary(work, planned))
+    # The figures are out by now, whatever happens to the pictures.
+    _draw(args, work, planned[work.run.runtime.schedule])
     return 0
 
 
@@ -93,10 +95,22 @@ def _check_outputs(args: argparse.Namespace) -> None:
         if path.suffix not in suffixes:
             rule = f"its name must end in {' or '.join(suffixes)}"
             raise UserError(str(path), rule=rule, remedy="rename it", key=key)
-        if not path.parent.is_dir():
-            raise UserError(str(path), rule="its folder must exist", remedy=f"make {path.parent}", key=key)
-        if path.is_dir():
-            raise UserError(str(path), rule="it must be a file, and is a folder", remedy="give another name", key=key)
+        with _written(path, key):
+            if not path.parent.is_dir():
+                raise UserError(str(path), rule="its folder must exist", remedy=f"make {path.parent}", key=key)
+            if path.is_dir():
+                rule = "it must be a file, and is a folder"
+                raise UserError(str(path), rule=rule, remedy="give another name", key=key)
+
+
+@contextmanager
+def _written(path: Path, key: str) -> Iterator[None]:
+    """Turn what the system says against a picture's file into a line of its own."""
+    try:
+        yield
+    except OSError as error:
+        given = f"{path} can't be written ({error.strerror or error})"
+        raise UserError(given, rule="the picture must be writable", remedy="give another place", key=key) from None
 
 
 def _load(args: argparse.Namespace) -> _Work:
@@ -165,7 +179,7 @@ def _given_lengths(path: Path, run_config: "RunConfig", padding: int) -> Iterato
     rule = '--lengths takes a JSON object {"job": [length in tokens, …]} with every job of the run'
     try:
         given = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} can't be read ({error})", rule=rule, remedy="check it", key="--lengths") from None
     names = [job.name for job in run_config.jobs]
     if not isinstance(given, dict) or sorted(given) != sorted(names):
@@ -240,9 +254,11 @@ def _draw(args: argparse.Namespace, work: _Work, plan: _Planned) -> None:
     if args.gantt is not None:
         which = f", window 1 of {plan.windows}" if plan.windows > 1 else ""
         title = f"{kind}{which}: {timeline.bubble_share:.1%} idle"
-        draw_gantt(args.gantt, plan.first, timeline, work.names, title)
+        with _written(args.gantt, "--gantt"):
+            draw_gantt(args.gantt, plan.first, timeline, work.names, title)
     if args.trace is not None:
-        write_trace(args.trace, plan.first, timeline, work.names)
+        with _written(args.trace, "--trace"):
+            write_trace(args.trace, plan.first, timeline, work.names)
 
 
 def _summary(work: _Work, planned: Mapping[str, _Planned]) -> str:

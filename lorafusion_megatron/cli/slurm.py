@@ -11,6 +11,7 @@ from pathlib import Path
 from lorafusion_megatron.errors import UserError
 
 TIME = re.compile(r"(?:(?P<days>\d+)-(?=\d))?(?P<parts>\d+(?::\d{1,2}){0,2})")
+OPTION = re.compile(r"--?[A-Za-z][A-Za-z0-9-]*(?:(?:=| +)[^\"\\\\]+)?")
 MOST_WARN_SECONDS = 65535
 """What sbatch's ``--signal`` takes."""
 HEAD = """\
@@ -137,7 +138,13 @@ class SlurmJob:
             "--open-mode=append",
             "--output=%x-%j.out",
         ]
-        return options + list(self.options)
+        return [_quoted(option) for option in (*options, *self.options)]
+
+
+def _quoted(option: str) -> str:
+    """An option as sbatch reads it in a directive: a value with blanks in double quotes."""
+    found = re.fullmatch(r"(-[\w-]+=)(.*\s.*)", option)
+    return f'{found[1]}"{found[2]}"' if found else option
 
 
 def script(job: SlurmJob, arguments: Sequence[str] | None = None) -> str:
@@ -266,9 +273,12 @@ def job_from(args: argparse.Namespace) -> SlurmJob:
             raise UserError(f"got {value}", rule=f"must be at least {low}", remedy="give such a number", key=option)
     named = {"--partition": args.partition, "--account": args.account, "--qos": args.qos}
     options = tuple(f"{option}={value}" for option, value in named.items() if value is not None) + tuple(args.sbatch)
-    for text in (args.time, args.job_name, args.setup, args.container_image, args.container_mounts, *options):
-        if "\n" in text:
+    texts = (args.time, args.job_name, args.setup, args.python or "", args.container_image, args.container_mounts)
+    for text in (*texts, *options):
+        if set("\n\r\0") & set(text):
             raise UserError(repr(text), rule="options are single lines", remedy="remove the line break")
+    for option in (f"--job-name={args.job_name}", *options):
+        _check_option(option)
     _check_time(args.time, args.warn_seconds)
     return SlurmJob(
         nodes=args.nodes,
@@ -285,6 +295,17 @@ def job_from(args: argparse.Namespace) -> SlurmJob:
         container_image=args.container_image,
         container_mounts=args.container_mounts,
     )
+
+
+def _check_option(option: str) -> None:
+    """Check that an option can stand in a directive of sbatch."""
+    if not OPTION.fullmatch(option):
+        raise UserError(
+            f"got {option!r}",
+            rule="an option of sbatch is --name or --name=value, without quotes or backslashes",
+            remedy="write it as --mem=0 or --comment=two words",
+            key="--sbatch",
+        )
 
 
 def _check_time(limit: str, warn_seconds: int) -> None:

@@ -14,27 +14,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the table; 0."""
     import dataclasses
-    import json
 
+    from lorafusion_megatron.training.output import strict_json
     from lorafusion_megatron.training.status import read_status
 
     status = read_status(args.run_dir)
     if args.json:
-        print(json.dumps(dataclasses.asdict(status)))
+        print(strict_json(dataclasses.asdict(status)))
         return 0
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from lorafusion_megatron.training.status import sparkline
 
-    table = Table(title=f"{args.run_dir}: {status.state}", title_justify="left")
+    # As text: rich would read brackets of a path or a reason as markup.
+    table = Table(title=Text(f"{args.run_dir}: {status.state}", style="table.title"), title_justify="left")
     for column in ("job", "state", "step", "loss", "curve", "eta"):
         table.add_column(column, justify="right" if column in ("step", "loss", "eta") else "left")
     for job in status.jobs:
         eta = job.eta_seconds() if status.state == "running" else None
         table.add_row(
-            job.name,
-            f"{job.status}: {job.reason}" if job.reason else job.status,
+            Text(job.name),
+            Text(f"{job.status}: {job.reason}" if job.reason else job.status),
             f"{job.step}/{job.num_steps}",
             f"{job.losses[-1]:.4f}" if job.losses else "",
             sparkline(job.losses),
@@ -42,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         )
     console = Console()
     console.print(table)
-    console.print(f"last checkpoint: {status.last_checkpoint or 'none'}", highlight=False)
+    console.print(Text(f"last checkpoint: {status.last_checkpoint or 'none'}"))
     if status.bubble_share is not None:
         console.print(f"bubble share of the last window: {status.bubble_share:.1%}", highlight=False)
     console.print(f"last sign of life: {_duration(time.time() - status.updated)} ago", highlight=False)

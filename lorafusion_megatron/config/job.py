@@ -17,10 +17,14 @@ RESERVED = (
     "trace.json",
     "status.json",
     "events.jsonl",
+    "cost_model.json",
+    "run.lock",
     "wandb",
     "wandb_run_id",
 )
 """What stands beside the jobs' folders under checkpoint.save."""
+RESERVED_START = "earlier-"
+"""What the names of folders there begin with into which an older run's results are moved."""
 MAX_SEED = (1 << 63) - 1
 MAX_COUNT = (1 << 31) - 1
 """Bound of counts: steps, rows and tokens are 32-bit in dropout keys and packed batches."""
@@ -217,12 +221,15 @@ class JobConfig:
     """Validation."""
 
     def __post_init__(self) -> None:
+        name = self.name.lower()
         require(
-            bool(re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}", self.name)) and self.name.lower() not in RESERVED,
+            bool(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", self.name))
+            and name not in RESERVED
+            and not name.startswith(RESERVED_START),
             key="name",
             given=f"got {show(self.name)}",
-            rule="a job's name becomes a folder: 1 to 128 of A-Z a-z 0-9 . _ -, no dot in front, "
-            f"and none of {', '.join(RESERVED)}",
+            rule="a job's name becomes a folder: 1 to 128 of A-Z a-z 0-9 . _ -, no dot or dash in front, "
+            f"none of {', '.join(RESERVED)}, and nothing that begins with {RESERVED_START}",
             remedy="rename the job",
         )
         in_range("max_length", self.max_length, low=2, high=MAX_COUNT)

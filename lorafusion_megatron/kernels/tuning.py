@@ -1,13 +1,17 @@
 """Which way a product runs on this GPU: a traffic model narrows the candidates, a short measurement chooses.
 
 The choice is kept on disk per GPU, torch, Triton and source of the kernels, so a machine measures a shape once. No
-list of GPU names anywhere: an unknown GPU is measured like any other.
+list of GPU names anywhere: an unknown GPU is measured like any other. Where the disk can't be used, choices stay in
+memory and the next process measures again.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import statistics
+import uuid
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -76,6 +80,9 @@ class Tuner:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
+        self._unsaved: dict[str, str] = {}
+        """Choices of this process that are not on disk yet."""
+        self._warned = False
         self._choices = self._saved()
 
     def known(self, problem: Problem) -> str | None:
@@ -98,9 +105,8 @@ class Tuner:
             runs[name] = run
         times = _median_ms(runs) if runs else {EXPAND: 0.0}
         choice = min(times, key=times.__getitem__)
-        added = {_name(problem): choice}
-        self._choices |= added
-        self._save(added)
+        self._choices[_name(problem)] = self._unsaved[_name(problem)] = choice
+        self._save()
         return choice
 
     def _saved(self) -> dict[str, str]:
@@ -109,31 +115,55 @@ class Tuner:
             saved = json.loads(self.path.read_text()) if self.path is not None else {}
         except (FileNotFoundError, ValueError):
             return {}
+        except OSError as error:
+            self._warn(error)
+            return {}
         return saved if isinstance(saved, dict) else {}
 
-    def _save(self, added: dict[str, str]) -> None:
+    def _save(self) -> None:
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Ranks of one machine write side by side: each keeps what others have added and replaces the file whole. What
-        # is lost between the two is measured again.
-        saved = self._saved() | added
-        temporary = self.path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(saved, indent=1, sort_keys=True))
-        temporary.replace(self.path)
+        # Ranks of all machines that share a home write side by side: each keeps what others have added and replaces
+        # the file whole. What is lost between the two is measured again. Not mkstemp's 0600: users may share a cache.
+        temporary = self.path.with_suffix(f".{uuid.uuid4().hex}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(self._saved() | self._unsaved, indent=1, sort_keys=True))
+            temporary.replace(self.path)
+        except OSError as error:
+            self._warn(error)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+        else:
+            self._unsaved.clear()
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            warnings.warn(f"choices of products stay in memory: {error}", stacklevel=2)
+        self._warned = True
 
 
-def cache_path(device: torch.device) -> Path:
-    """File of this device's choices: under ``LORAFUSION_CACHE``, or the user's cache folder."""
-    root = os.environ.get("LORAFUSION_CACHE")
-    folder = (
-        Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lorafusion_megatron"
-    )
+def cache_path(device: torch.device) -> Path | None:
+    """File of this device's choices: under ``LORAFUSION_CACHE``, or the user's cache folder; None without a home."""
+    folder = _cache_folder()
+    if folder is None:
+        return None
     source = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     properties = torch.cuda.get_device_properties(device)
     identity = (properties.name, properties.multi_processor_count, torch.__version__, triton.__version__)
     digest = hashlib.sha256(repr(identity).encode() + source).hexdigest()[:16]
     return folder / f"products-{digest}.json"
+
+
+def _cache_folder() -> Path | None:
+    if root := os.environ.get("LORAFUSION_CACHE"):
+        return Path(root)
+    try:
+        cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:  # a user without an entry in the password file, as in some containers
+        warnings.warn(f"choices of products stay in memory: {error} LORAFUSION_CACHE names a folder", stacklevel=2)
+        return None
+    return Path(cache_home) / "lorafusion_megatron"
 
 
 @cache

@@ -21,11 +21,12 @@ def claim_gpu() -> torch.device:
         UserError: this host has fewer GPUs than ranks.
     """
     local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    ranks = max(local + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # all of a host find the same, and one tells
     if count == 1 and os.environ.get("CUDA_VISIBLE_DEVICES"):
-        local = 0
-    if local >= count:
+        local, ranks = 0, 1
+    if ranks > count:
         raise UserError(
-            f"rank {local} of this host (counted from 0) and {count} GPUs",
+            f"{ranks} ranks on this host and {count} GPUs",
             rule="every rank needs a GPU of its own",
             remedy="start as many ranks a host as it has GPUs (torchrun --nproc-per-node), or look at "
             "CUDA_VISIBLE_DEVICES",

@@ -5,7 +5,7 @@ the microbatch's routing. Tensor-parallel collectives are the base layer's own: 
 """
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -63,6 +63,13 @@ class _LoraLinear:
             bias=bias,
         )
 
+    def _refuse(self, rest: Sequence[Any], named: Mapping[str, Any]) -> None:
+        """Raise where the base layer's forward is asked for more than its own weight times the input."""
+        asked = [*rest, *named.values()]
+        if any(value is not None and value is not False for value in asked):
+            given = ", ".join([repr(type(value).__name__) for value in rest] + list(named))
+            raise NotImplementedError(f"{self.lora_adapters.name} with adapters takes its input alone, not {given}")
+
     def _bias(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(to be added here, to be returned to the caller)."""
         bias = getattr(self, "bias", None)
@@ -78,7 +85,8 @@ class LoraColumnParallelLinear(_LoraLinear):
     The gradient of the input's adapter path is partial on each rank, like the base's, and one collective sums both.
     """
 
-    def forward(self, input_: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, input_: torch.Tensor, *rest: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self._refuse(rest, named)
         added, returned = self._bias()
         return self._fused(self.gathered(input_), added), returned
 
@@ -98,7 +106,8 @@ class LoraRowParallelLinear(_LoraLinear):
     Each rank adds ``scaling * B s_k`` with its own partial ``s_k``; the base layer's reduction sums them.
     """
 
-    def forward(self, input_: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, input_: torch.Tensor, *rest: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self._refuse(rest, named)
         y = self.reduced(self._fused(input_, None))
         added, returned = self._bias()
         return (y if added is None else y + added), returned

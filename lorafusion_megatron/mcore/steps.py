@@ -49,8 +49,9 @@ class StepSnapshot:
 
     master: torch.Tensor
     """fp32 ``[numel]``, as are the moments."""
-    exp_avg: torch.Tensor
-    exp_avg_sq: torch.Tensor
+    exp_avg: torch.Tensor | None
+    """None, as is the other moment, where the adapter alone was copied."""
+    exp_avg_sq: torch.Tensor | None
     counters: "StepCounters"
 
 
@@ -99,14 +100,11 @@ class AdapterSteps:
             stopped=self.stopped,
         )
 
-    def snapshot(self) -> StepSnapshot:
-        """Copy masters and moments as they are now, on the device; no step may be half applied."""
-        exp_avg, exp_avg_sq = self._moments()
+    def snapshot(self, *, moments: bool = True) -> StepSnapshot:
+        """Copy masters, and with ``moments`` these, as they are now, on the device; no step may be half applied."""
+        exp_avg, exp_avg_sq = (moment.clone() for moment in self._moments()) if moments else (None, None)
         return StepSnapshot(
-            master=self.shard.master.clone(),
-            exp_avg=exp_avg.clone(),
-            exp_avg_sq=exp_avg_sq.clone(),
-            counters=self.counters,
+            master=self.shard.master.clone(), exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, counters=self.counters
         )
 
     @torch.no_grad()

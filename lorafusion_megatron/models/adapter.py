@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from lorafusion_megatron.errors import UserError
 from lorafusion_megatron.models.checkpoint import read_json_object
-from lorafusion_megatron.models.files import flush
+from lorafusion_megatron.models.files import flush, temporary_folder
 from lorafusion_megatron.models.projections import (
     adapter_shapes,
     projection_names,
@@ -100,28 +99,25 @@ def write_adapter(
         OSError: writing failed; the older adapter is whole and nothing new is left behind.
 
     Note:
-        Both files are written to a temporary sibling and flushed to the disk. A new folder then appears by one
+        Both files are written to a temporary folder and flushed to the disk. A new folder then appears by one
         rename. In a folder that exists the weights are replaced by one rename; the configuration is the same at
         every step of a job, so any pair of files that a reader can find is a whole adapter. Where it differs, it is
         removed first and put back last: in between there is no adapter rather than a mixed one.
     """
-    folder = Path(folder)
+    folder = Path(os.path.realpath(folder))
     config = _peft_config(spec, base_model_path, _check_tensors(spec.rank, tensors))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        temporary.chmod(0o755)
+    with temporary_folder(folder) as temporary:
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         # Copies, since the tensors may be views of one flat buffer or, for a shared A, one tensor.
         host = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
         save_tensors(host, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-        (temporary / WEIGHTS_FILE).chmod(0o644)
+        # What the umask leaves: safetensors makes files that only their owner may read.
+        shutil.copymode(temporary / CONFIG_FILE, temporary / WEIGHTS_FILE)
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             flush(temporary / name)
         flush(temporary)
         _publish(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_adapter(

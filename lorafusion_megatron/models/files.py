@@ -1,10 +1,22 @@
 """Files that survive a crash, and folders that commands write to."""
 
+import errno
 import os
+import re
 import shutil
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lorafusion_megatron.errors import UserError
+
+_OWNER = re.compile(r"(?P<where>.+)-(?P<pid>\d{1,9})\.[0-9a-f]{8}")
+_NAME_BYTES = 255
+_STALE_SECONDS = 86400.0
+"""Age from which a temporary folder of another machine is taken for a leftover."""
 
 
 def flush(path: Path) -> None:
@@ -20,43 +32,101 @@ def prepare_output(output: str | Path, size: int, *, key: str) -> Path:
     """Check that a folder of ``size`` bytes can be written, and make its parent.
 
     Args:
-        output: folder to write, new or empty.
+        output: folder to write, new or empty; a link leads to the folder that it names.
         size: bytes that will be written.
         key: where the folder was given, for messages.
 
     Returns:
-        Its absolute path.
+        Its real path.
 
     Raises:
         UserError: it exists and holds something, its parent can't be made or written, or there is too little space.
     """
-    folder = Path(os.path.abspath(output))
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(
-            f"{folder} exists", rule="nothing is overwritten", remedy="give a new or an empty folder", key=key
-        )
+    folder = Path(os.path.realpath(output))
     try:
+        if len(os.fsencode(folder.name)) > _NAME_BYTES:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        _remove_leftovers(folder)
+        exists = folder.is_dir()
+        # lexists: what is a link still is one of a loop.
+        if any(folder.iterdir()) if exists else os.path.lexists(folder):
+            raise UserError(
+                f"{folder} exists", rule="nothing is overwritten", remedy="give a new or an empty folder", key=key
+            )
         folder.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_folder(folder) as temporary:  # the proof that it works
+            place, free = temporary.parent, shutil.disk_usage(temporary).free
     except OSError as error:
         raise UserError(
-            f"{folder.parent} can't be made ({error.strerror})",
+            f"{folder} can't be written ({error.strerror})",
             rule="the output must be writable",
             remedy="give another folder",
             key=key,
         ) from None
-    if not os.access(folder.parent, os.W_OK):
-        raise UserError(
-            f"{folder.parent} is not writable",
-            rule="the output must be writable",
-            remedy="give another folder",
-            key=key,
-        )
-    free = shutil.disk_usage(folder.parent).free
     if free < size:
         raise UserError(
-            f"{folder.parent} has {free / 2**30:.1f} GiB left",
+            f"{place} has {free / 2**30:.1f} GiB left",
             rule=f"the output takes {size / 2**30:.1f} GiB",
             remedy="make room, or give a folder on another disk",
             key=key,
         )
     return folder
+
+
+@contextmanager
+def temporary_folder(folder: Path) -> Iterator[Path]:
+    """A new folder on the file system of ``folder``, with the rights that the umask leaves; removed at the end.
+
+    It is in ``folder`` where that exists, which may be a mount point, and else beside it. Those of processes that
+    were killed are removed first.
+    """
+    _remove_leftovers(folder)
+    place = folder if folder.is_dir() else folder.parent
+    # Not mkdtemp, which makes folders that only their owner may read.
+    temporary = place / f"{_prefix(folder)}{_where()}-{os.getpid()}.{uuid.uuid4().hex[:8]}"
+    temporary.mkdir()
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _prefix(folder: Path) -> str:
+    """What the names of a folder's temporary ones begin with; short, since a name has at most 255 bytes."""
+    return f".{os.fsencode(folder.name)[:100].decode(errors='ignore')}."
+
+
+def _where() -> str:
+    """The machine and the name space of its process numbers: containers of one host name may share a disk."""
+    space = 0
+    with suppress(OSError):
+        space = os.stat("/proc/self/ns/pid").st_ino
+    return f"{socket.gethostname()[:64]}-{space}"
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the temporary folders of ``folder`` whose process is gone."""
+    prefix = _prefix(folder)
+    for place in (folder, folder.parent):
+        paths: list[Path] = []
+        with suppress(OSError):  # nothing there, or it may be written but not listed
+            paths = [path for path in place.iterdir() if path.name.startswith(prefix)]
+        for path in paths:
+            owner = _OWNER.fullmatch(path.name.removeprefix(prefix))
+            # rmtree follows no link.
+            if owner and _is_gone(path, owner["where"], int(owner["pid"])):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_gone(path: Path, where: str, pid: int) -> bool:
+    if where == _where():
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            return False
+    with suppress(OSError):
+        changed = max(file.stat().st_mtime for file in (path, *path.iterdir()))
+        return time.time() - changed > _STALE_SECONDS
+    return False

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
@@ -15,8 +14,9 @@ from lorafusion_megatron.errors import UserError
 from lorafusion_megatron.models.adapter import read_adapter
 from lorafusion_megatron.models.checkpoint import check_base_weights, checkpoint_files
 from lorafusion_megatron.models.config import read_model_spec
-from lorafusion_megatron.models.files import flush, prepare_output
+from lorafusion_megatron.models.files import flush, prepare_output, temporary_folder
 
+CONFIG_FILE = "config.json"
 # Configuration, tokenizer and licence; weights in other formats would be those of the base.
 _COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -46,7 +46,7 @@ class _Delta:
 
 def merge_adapter(
     base: str | Path, adapter: str | Path, output: str | Path, *, progress: Callable[[int, int], None] | None = None
-) -> None:
+) -> str | None:
     """Write the base model with an adapter added to its weights.
 
     ``W' = cast(fp32(W) + scaling * B A)`` for each projection that the adapter trains, in the dtype of W; every other
@@ -58,6 +58,9 @@ def merge_adapter(
         output: directory to write, new or empty. Files and shards are those of the base.
         progress: called with the bytes of weights written so far and in all.
 
+    Returns:
+        The base model that the adapter names, where that is another one.
+
     Raises:
         UserError: the base or the adapter is not usable, they don't belong together, there is too little space, the
             output exists, or a merged weight is too large for its dtype.
@@ -65,7 +68,8 @@ def merge_adapter(
     Note:
         Holds the adapter and some 16 MiB of one weight in memory, whatever the model's size: the header of a
         safetensors file serves for the merged file too, since names, shapes and dtypes stay, so that rows go from
-        file to file. The output appears by one rename once all of it is on the disk.
+        file to file. The output appears by one rename once all of it is on the disk; where the folder exists
+        already, file by file, the configuration last.
     """
     spec = read_model_spec(base, key="--base")
     check_base_weights(base, spec, key="--base")
@@ -79,9 +83,7 @@ def merge_adapter(
     files = checkpoint_files(base, key="--base")
     total = sum(file.stat().st_size for file in files)
     folder = prepare_output(output, total, key="--output")
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        temporary.chmod(0o755)
+    with temporary_folder(folder) as temporary:
         _copy_companions(Path(base), temporary)
         written = 0
         for file in files:
@@ -89,11 +91,30 @@ def merge_adapter(
                 written += size
                 if progress is not None:
                     progress(written, total)
-        flush(temporary)
+        _publish(temporary, folder)
+    return None if _is_same_model(config.base_model_path, Path(base)) else config.base_model_path
+
+
+def _is_same_model(named: str, base: Path) -> bool:
+    """Whether ``base`` may be what an adapter names: that folder or, where there is none, one of the same name."""
+    try:
+        return not named or os.path.samefile(named, base)
+    except (OSError, ValueError):
+        # A name of the hub, or a folder of another machine. The hub's cache has models--OWNER--NAME/snapshots/HASH.
+        real = Path(os.path.realpath(base))
+        return Path(named).name in (base.name, real.name) or f"models--{named.replace('/', '--')}" in real.parts
+
+
+def _publish(temporary: Path, folder: Path) -> None:
+    """Move a whole model to its place: by one rename, or file by file into a folder that exists."""
+    flush(temporary)
+    if temporary.parent == folder:
+        for file in sorted(temporary.iterdir(), key=lambda file: (file.name == CONFIG_FILE, file.name)):
+            os.replace(file, folder / file.name)
+        flush(folder)
+    else:
         os.replace(temporary, folder)
         flush(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _base_name(name: str) -> str:

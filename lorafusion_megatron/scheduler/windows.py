@@ -74,7 +74,10 @@ class WindowPlanner:
         self.close()
 
     def prepare(self, batches: Batches, options: PlanOptions) -> None:
-        """Begin to plan a window; a plan that was prepared before and not taken is dropped."""
+        """Begin to plan a window; a plan that was prepared before and not taken is dropped.
+
+        Where the process has died nothing is planned ahead this once; the next call starts another.
+        """
         self._drop()
         if self._process is None and not current_process().daemon:
             self._start()
@@ -83,6 +86,7 @@ class WindowPlanner:
         try:
             self._connection.send((batches, options))
         except OSError:
+            self._give_up()
             return
         self._prepared = (batches, options)
 
@@ -131,7 +135,7 @@ class WindowPlanner:
         theirs.close()
 
     def _give_up(self) -> None:
-        """End the process in the middle of a plan that nobody wants any more; the next `prepare` starts another."""
+        """End the process, dead or in the middle of a plan that nobody wants; the next `prepare` starts another."""
         if self._process is not None and self._connection is not None:
             self._connection.close()
             self._process.kill()
@@ -144,6 +148,7 @@ class WindowPlanner:
         try:
             answer: _Window | tuple[str, str, str, str] | None = self._connection.recv()
         except (OSError, EOFError):
+            self._give_up()
             return None
         return answer
 

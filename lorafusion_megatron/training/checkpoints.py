@@ -58,10 +58,15 @@ class CheckpointWriter:
             write_json(folder / "losses.json", entry.losses[:step])
             if self._keep_steps:
                 write_adapter(folder / f"step_{step}", spec, self._base_model, tensors)
-                _drop_old_steps(folder, self._keep)
             self._written[job] = step
         except OSError as error:
             self._note(f"{entry.name}: the adapter of step {step} could not be saved ({error}); the run goes on")
+            return
+        if self._keep_steps:
+            try:
+                _drop_old_steps(folder, self._keep)
+            except OSError as error:
+                self._note(f"{entry.name}: an old adapter could not be removed ({error}); the run goes on")
 
     def evals(self, job: Job) -> None:
         """Write the validation losses of a job."""
@@ -79,7 +84,7 @@ class CheckpointWriter:
         folder = self.folder / "state"
         writer: StateWriter | None = None
         counters: dict[int, StepCounters] = {}
-        failure: OSError | None = None
+        failure: str | None = None  # an error would keep this frame, and the item's copies, in a cycle
         for job, counts, parts in item.jobs():
             counters[job] = counts
             if parts is None or failure is not None:
@@ -88,24 +93,28 @@ class CheckpointWriter:
                 writer = writer or self._open(folder)
                 writer.job(self._jobs[job].name, parts)
             except OSError as error:
-                failure = error
+                failure = str(error)
         if not self._is_first:
             return
         try:
             if failure is not None:
-                raise failure
+                raise OSError(failure)
             writer = writer or self._open(folder)
             schedule = item.where.schedule
             inside = schedule is not None and item.cut < schedule.num_microbatches
             if schedule is not None and inside:
                 writer.schedule(schedule)
             self.last_state = str(writer.commit(self._manifest(item.where, inside, counters)))
-            drop_old(folder, self._keep)
         except OSError as error:
             if writer is not None:
                 writer.discard()
             kept = self.last_state or "none"
             self._note(f"a checkpoint could not be saved ({error}); the run goes on, the last whole one is {kept}")
+            return
+        try:
+            drop_old(folder, self._keep)
+        except OSError as error:
+            self._note(f"an old checkpoint could not be removed ({error}); the run goes on")
 
     def _open(self, folder: Path) -> StateWriter:
         return StateWriter(folder, next(iter(sequences(folder)), 0) + 1)
@@ -119,7 +128,8 @@ class CheckpointWriter:
                 if known.stopped:
                     record |= {"status": "stopped", "reason": "its gradient was not finite"}
             jobs.append({**record, "counters": asdict(known) if known else None})
-        return {"window": where.window, "inside": inside, "shape": dict(where.shape), "jobs": jobs}
+        shape, events = dict(where.shape), list(where.events)
+        return {"window": where.window, "events": events, "inside": inside, "shape": shape, "jobs": jobs}
 
 
 def _drop_old_steps(folder: Path, keep: int) -> None:

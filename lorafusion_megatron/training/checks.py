@@ -1,5 +1,6 @@
 """Checks of a run against its base model, its data and the machine; they need no torch and write nothing."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -35,6 +36,8 @@ def check_run(run: RunConfig, spec: ModelSpec) -> list[str]:
     for index, job in enumerate(run.jobs):
         _check_job(job, f"jobs[{index}]", spec)
     _check_output(run.checkpoint.save)
+    for index, job in enumerate(run.jobs):
+        _check_folder(run.checkpoint.save / job.name, f"jobs[{index}].name")
     check_loggers(run.logger)
     notes = []
     if run.model.sequence_parallel and run.model.tensor_model_parallel_size == 1:
@@ -146,12 +149,34 @@ def _check_job(job: JobConfig, key: str, spec: ModelSpec) -> None:
 def _check_output(folder: Path) -> None:
     """Check that ``folder`` is, or can become, a folder that this user may write."""
     there = folder.absolute()
+    try:
+        os.stat(there)
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise UserError(
+                f"{there} can't be a folder ({os.strerror(error.errno)})",
+                rule="the run is written there",
+                remedy="choose another",
+                key="checkpoint.save",
+            ) from None
     while not os.path.lexists(there):
         there = there.parent
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         reason = "may not be written" if there.is_dir() else "is no folder"
         raise UserError(
             f"{there} {reason}", rule="the run is written there", remedy="choose another", key="checkpoint.save"
+        )
+
+
+def _check_folder(folder: Path, key: str) -> None:
+    """Check that a job's folder is one, or can become one: its adapter is written there at the end of training."""
+    if os.path.lexists(folder) and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        reason = "may not be written" if folder.is_dir() else "is no folder"
+        raise UserError(
+            f"{folder} {reason}",
+            rule="the job's adapter is written there",
+            remedy="move it away, or rename the job",
+            key=key,
         )
 
 

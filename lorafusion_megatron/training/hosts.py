@@ -35,6 +35,23 @@ def world_size() -> int:
     return int(given)
 
 
+def check_launcher() -> None:
+    """Check the other numbers that a launcher sets, where they are set.
+
+    Raises:
+        UserError: one is no number.
+    """
+    for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        given = os.environ.get(name, "0")
+        if not given.isdecimal():
+            raise UserError(
+                f"{name}={given}",
+                rule="it is a number",
+                remedy="unset it, or start with torchrun, which sets it",
+                key=name,
+            )
+
+
 def choose_interface() -> str | None:
     """Set ``GLOO_SOCKET_IFNAME`` for a run of several hosts where nobody has.
 

@@ -1,6 +1,7 @@
 """The jobs of a run: what each is, where it stands, and the table of them that a checkpoint keeps."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -66,8 +67,8 @@ class Job:
         return min(left, every - applied % every)
 
     def best_eval(self) -> tuple[int, float] | None:
-        """(step, loss) of its best validation."""
-        return min(self.evals, key=lambda e: e[1], default=None)
+        """(step, loss) of its best validation; one whose loss is not finite is worse than any other."""
+        return min(self.evals, key=lambda e: e[1] if math.isfinite(e[1]) else math.inf, default=None)
 
     def out_of_patience(self) -> bool:
         """Whether as many validations as its patience passed without a better loss."""

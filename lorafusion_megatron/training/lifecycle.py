@@ -4,130 +4,192 @@
     <save>/events.jsonl              every decision with the window at whose beginning it took effect
 
 A request is a job (a mapping with ``name``, ``dataset``, …, as under ``jobs`` of a run file) or
-``{op: pause | resume | cancel, name: JOB}``. Rank 0 reads; what it decides is broadcast with the window's plan.
+``{op: pause | resume | cancel, name: JOB}``. Rank 0 reads; what it decides is broadcast with the window's plan. A
+checkpoint keeps which decisions it holds the effect of; a resume carries the others out at the same windows.
 """
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..config.build import Builder
 from ..config.job import JobConfig
-from ..config.run import RunConfig
 from ..config.yaml_reader import parse_yaml
 from ..errors import UserError
-from .checks import check_dataset, check_run
-from .initial import check_initial_adapters
-from .inputs import load_eval_dataset, load_job_dataset
-from .setup import Prepared
 
-OPERATIONS = ("pause", "resume", "cancel")
+OPERATIONS = {"pause": ("running",), "resume": ("paused",), "cancel": ("running", "paused")}
+"""What a request may do to a job, and the statuses that a job can have then."""
+
+
+Check = Callable[[JobConfig], bool]
+"""Whether a new job was found good; False where that is not known yet. Raises `UserError` where it can't be trained."""
 
 
 class Inbox:
-    """Rank 0's view of the requests.
+    """Rank 0's view of the requests. Whatever is wrong with one, or with its file, the run goes on.
 
     Args:
         folder: the run's folder.
         note: told of requests that are refused.
+        carried_out: decisions that the run's checkpoint holds the effect of, by id; None: those up to ``held_window``.
+        held_window: the window in or after which the checkpoint lies.
     """
 
-    def __init__(self, folder: Path, note: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        note: Callable[[str], None],
+        *,
+        carried_out: Iterable[int] | None = (),
+        held_window: int = -1,
+    ) -> None:
         self.folder, self._note = folder, note
         self._log = folder / "events.jsonl"
+        self._put_aside: set[tuple[str, int]] = set()
+        """Requests, by file name and time, that are answered but whose file could not be moved away."""
+        self._log_read = True
+        events = self._recorded()
+        self._taken = {tuple(event["request"]) for event in events if "request" in event}
+        before = [event["id"] for event in events if event["window"] <= held_window]
+        self.carried_out: set[int] = set(before if carried_out is None else carried_out)
+        """Ids of all decisions that took effect."""
+        self.waits = False
+        """Whether the last `decide` left a request because its check goes on."""
 
-    def decide(self, window: int, statuses: Mapping[str, str], check: Callable[[JobConfig], None]) -> list[dict]:
-        """The events of a window: those that were decided for it before (a resumed run), then new requests.
+    def decide(self, window: int, statuses: Mapping[str, str], check: Check, *, last: bool = False) -> list[dict]:
+        """The events that take effect now: those recorded for this window or one before, then new requests.
 
         Args:
             window: number of the window that is about to be planned.
             statuses: name of every job so far -> its status.
-            check: raises `UserError` where a new job can't run with this model.
+            check: of new jobs.
+            last: no job is left to train: what is recorded for later windows takes effect now.
         """
-        events = [event for event in self._recorded() if event["window"] == window]
-        now = dict(statuses)
-        for event in events:
-            now[event["name"]] = _after(event["op"])
-        for file in self._requests():
-            try:
-                event = self._read(file, now, check)
-            except Exception as error:  # whatever is wrong with a request, the run must go on, and be able to start
-                reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-                self._note(f"request {file.name} is refused: {reason}")
-                file.replace(file.with_name(file.name + ".refused"))
+        now, events = dict(statuses), []
+        self.waits = False
+        for event in self._recorded():
+            if event["id"] in self.carried_out or (event["window"] > window and not last):
                 continue
-            try:
-                self._append({"window": window, **event})
-            except OSError as error:
-                self._note(f"request {file.name} waits: it could not be recorded ({error})")
-                break
-            file.unlink()
+            self.carried_out.add(event["id"])
+            reason = _unfit(event["op"], event["name"], now)
+            if reason is not None:
+                self._note(f"{event['op']} of {event['name']}, decided before, is left out: {reason}")
+                continue
             now[event["name"]] = _after(event["op"])
-            events.append({"window": window, **event})
+            events.append(event)
+        for file, request in self._requests():
+            event = self._answer(file, request, window, now, check)
+            if event is not None:
+                self.carried_out.add(event["id"])
+                now[event["name"]] = _after(event["op"])
+                events.append(event)
         return events
 
-    def _requests(self) -> list[Path]:
-        inbox = self.folder / "inbox"
-        if not inbox.is_dir():
-            return []
-        files = [p for p in inbox.iterdir() if p.is_file() and p.suffix in (".yaml", ".yml") and p.name[0] != "."]
-        return sorted(files, key=lambda p: (p.stat().st_mtime_ns, p.name))
+    def _answer(
+        self, file: Path, request: tuple[str, int], window: int, statuses: Mapping[str, str], check: Check
+    ) -> dict[str, Any] | None:
+        """Record what a request asks for, or refuse it; None where nothing is to be done now."""
+        if request in self._taken:  # a kill came between its record and its removal
+            self._move(file, request)
+            return None
+        try:
+            event = self._read(file, statuses, check)
+        except FileNotFoundError:  # withdrawn
+            return None
+        except Exception as error:  # whatever is wrong with a request, the run must go on, and be able to start
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            self._note(f"request {file.name} is refused: {reason}")
+            self._move(file, request, file.with_name(file.name + ".refused"))
+            return None
+        if event is None:
+            self.waits = True
+            return None
+        try:
+            event = self._append({"window": window, **event, "request": list(request)})
+        except OSError as error:
+            self._note(f"request {file.name} waits: it could not be recorded ({error})")
+            return None
+        self._taken.add(request)
+        self._move(file, request)
+        return event
 
-    def _read(self, file: Path, statuses: Mapping[str, str], check: Callable[[JobConfig], None]) -> dict[str, Any]:
+    def _move(self, file: Path, request: tuple[str, int], target: Path | None = None) -> None:
+        """Remove an answered request, or rename it; where that fails it is not looked at again."""
+        try:
+            if target is None:
+                file.unlink()
+            else:
+                file.replace(target)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            self._put_aside.add(request)
+            self._note(f"request {file.name} is answered but can't be moved away ({error})")
+
+    def _requests(self) -> list[tuple[Path, tuple[str, int]]]:
+        """Files that wait, oldest first, each with what tells it from another of its name."""
+        found = []
+        try:
+            for path in (self.folder / "inbox").iterdir():
+                if path.suffix in (".yaml", ".yml") and path.name[0] != "." and path.is_file():
+                    found.append((path, (path.name, path.stat().st_mtime_ns)))
+        except OSError:  # there is none, one was withdrawn, or the file system hangs: at the next window
+            return []
+        return sorted((entry for entry in found if entry[1] not in self._put_aside), key=lambda e: (e[1][1], e[1][0]))
+
+    def _read(self, file: Path, statuses: Mapping[str, str], check: Check) -> dict[str, Any] | None:
+        """The event that a request asks for; None while its check goes on."""
         raw = parse_yaml(file.read_text(encoding="utf-8", errors="replace"), source=file.name)
         if isinstance(raw, dict) and raw.get("op", "add") != "add":
             return _operation(raw, statuses, file.name)
         if isinstance(raw, dict):
             raw = {key: value for key, value in raw.items() if key != "op"}
         job = Builder(file.parent).section(JobConfig, raw, file.name)
-        if job.name.lower() in {name.lower() for name in statuses}:
+        if _unfit("add", job.name, statuses):
             raise UserError(
                 f"{job.name} exists in this run",
                 rule="names differ",
                 remedy="give the new job another name",
                 key="name",
             )
-        check(job)
-        return {"op": "add", "name": job.name, "job": raw}
+        return {"op": "add", "name": job.name, "job": raw} if check(job) else None
 
     def _recorded(self) -> list[dict[str, Any]]:
-        if not self._log.exists():
+        """All decisions, oldest first; one without an id is of an older version and has that of its line."""
+        try:
+            lines = self._log.read_text().splitlines()
+        except FileNotFoundError:
             return []
+        except OSError as error:
+            if self._log_read:
+                self._note(f"{self._log} can't be read ({error}): recorded decisions wait")
+            self._log_read = False
+            return []
+        self._log_read = True
         out = []
-        for line in self._log.read_text().splitlines():
+        for number, line in enumerate(lines, 1):
             try:
-                out.append(json.loads(line))
-            except ValueError:  # cut off by a kill while it was written; its request file is still there
+                out.append({"id": number, **json.loads(line)})
+            except (ValueError, TypeError):  # cut off by a kill while it was written; its request file is still there
                 continue
         return out
 
-    def _append(self, event: Mapping[str, Any]) -> None:
+    def _append(self, event: Mapping[str, Any]) -> dict[str, Any]:
+        """Record a decision; it comes back with its id."""
         with self._log.open("a+b") as file:
+            file.seek(0)
+            lines = file.read().splitlines()
+            known = [recorded["id"] for recorded in self._recorded()]
+            numbered = {"id": max([len(lines), *known]) + 1, **event}
             # A kill may have cut the last line off; what follows must not become a part of it.
             file.seek(max(0, file.tell() - 1))
             start = b"" if file.read(1) in (b"", b"\n") else b"\n"
-            file.write(start + json.dumps(event).encode() + b"\n")
+            file.write(start + json.dumps(numbered).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-
-
-def check_new_job(run: RunConfig, prepared: Prepared) -> None:
-    """Refuse a request whose job, the last one of ``run``, this model or machine can't train.
-
-    Raises:
-        UserError: what is wrong with it.
-    """
-    check_run(run, prepared.spec)
-    index = len(run.jobs) - 1
-    for section, load in (("dataset", load_job_dataset), ("eval", load_eval_dataset)):
-        dataset = load(run, index, vocab_size=prepared.spec.vocab_size)
-        if dataset is not None:
-            check_dataset(
-                run, prepared.spec, index, dataset, padding_multiple=prepared.padding_multiple, section=section
-            )
-    check_initial_adapters(run, prepared.spec)
+        return numbered
 
 
 def _operation(raw: Mapping[str, Any], statuses: Mapping[str, str], source: str) -> dict[str, Any]:
@@ -139,16 +201,22 @@ def _operation(raw: Mapping[str, Any], statuses: Mapping[str, str], source: str)
             remedy="write it with lorafusion-megatron job",
             key=source,
         )
-    status = statuses.get(name)
-    fits = {"pause": ("running",), "resume": ("paused",), "cancel": ("running", "paused")}[op]
-    if status not in fits:
+    if (reason := _unfit(op, name, statuses)) is not None:
         raise UserError(
-            f"{op} of {name}, which is {status or 'not in this run'}",
-            rule=f"only a job that is {' or '.join(fits)} can be given {op}",
+            f"{op} of {name}, which is {reason}",
+            rule=f"only a job that is {' or '.join(OPERATIONS[op])} can be given {op}",
             remedy="see lorafusion-megatron job list",
             key=source,
         )
     return {"op": op, "name": name}
+
+
+def _unfit(op: str, name: str, statuses: Mapping[str, str]) -> str | None:
+    """What a job is that can't be given an operation now; None where it can."""
+    if op == "add":
+        return "there already" if name.lower() in {other.lower() for other in statuses} else None
+    status = statuses.get(name, "not in this run")
+    return None if status in OPERATIONS.get(op, ()) else status
 
 
 def _after(op: str) -> str:

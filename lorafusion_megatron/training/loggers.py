@@ -1,12 +1,14 @@
 """Experiment trackers: TensorBoard and Weights & Biases, each imported only where a run asks for it.
 
+A tracker that fails while the run goes on is dropped and told once: the run goes on without it.
+
 Both get the tags ``job/<name>/loss``, ``lr``, ``grad_norm``, ``tokens``, ``label_tokens``, ``samples``, ``skipped``
 and, where the job is validated, ``eval_loss``, over the job's own optimizer steps.
 """
 
 import dataclasses
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,13 +16,17 @@ from typing import Any, Protocol
 from ..config.run import LoggerConfig, RunConfig
 from ..errors import UserError
 from ..types import StepReport
+from .printing import Printer
 
 PACKAGES = {"tensorboard_dir": ("tensorboard", "tensorboard"), "wandb_project": ("wandb", "wandb")}
 """Key of the logger section -> (module, package that brings it)."""
 
 
 class Tracker(Protocol):
-    """Where values of jobs go."""
+    """Where values of jobs go; may raise anything."""
+
+    title: str
+    """As users know it."""
 
     def log(self, job: str, step: int, values: Mapping[str, float]) -> None:
         """Values of a job at one of its optimizer steps."""
@@ -51,13 +57,15 @@ class Loggers:
     Args:
         run: the checked run.
         resumed: whether the run goes on from a checkpoint; then W&B's run goes on too.
+        note: told of a tracker that fails; None: it is printed.
 
     Raises:
         UserError: a tracker is not installed, or TensorBoard's folder can't be made.
     """
 
-    def __init__(self, run: RunConfig, *, resumed: bool = False) -> None:
+    def __init__(self, run: RunConfig, *, resumed: bool = False, note: Callable[[str], None] | None = None) -> None:
         check_loggers(run.logger)
+        self._note = note or Printer().line
         self._trackers: list[Tracker] = []
         if run.logger.tensorboard_dir is not None:
             self._trackers.append(_TensorBoard(run.logger.tensorboard_dir))
@@ -91,15 +99,26 @@ class Loggers:
     def close(self) -> None:
         """Write out everything; safe to call twice."""
         while self._trackers:
-            self._trackers.pop().close()
+            tracker = self._trackers.pop()
+            try:
+                tracker.close()
+            except Exception as error:
+                self._note(f"{tracker.title} could not be closed ({_one_line(error)}): its last values may be missing")
 
     def _log(self, job: str, step: int, values: Mapping[str, float]) -> None:
-        for tracker in self._trackers:
-            tracker.log(job, step, values)
+        for tracker in list(self._trackers):
+            try:
+                tracker.log(job, step, values)
+            except Exception as error:
+                # Not closed: what is broken may raise once more, or wait for a server that has gone.
+                self._trackers.remove(tracker)
+                self._note(f"{tracker.title} failed ({_one_line(error)}); the run goes on without it")
 
 
 class _TensorBoard:
     """TensorBoard events in one folder."""
+
+    title = "TensorBoard"
 
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -132,6 +151,8 @@ class _Wandb:
         ``wandb sync`` later. The run's id is kept in ``wandb_run_id``, so that a resumed run goes on in W&B too.
     """
 
+    title = "W&B"
+
     def __init__(self, run: RunConfig, project: str, *, resumed: bool) -> None:
         import wandb
 
@@ -157,16 +178,23 @@ class _Wandb:
                 remedy="log in, set that, or set the key to null",
                 key="logger.wandb_project",
             ) from None
-        for job in run.jobs:
-            self._run.define_metric(f"job/{job.name}/*", step_metric=f"job/{job.name}/step")
+        self._defined: set[str] = set()
+        """Jobs whose step axis W&B knows; jobs join while a run goes on."""
 
     def log(self, job: str, step: int, values: Mapping[str, float]) -> None:
         """Values of a job at one of its optimizer steps."""
+        if job not in self._defined:
+            self._run.define_metric(f"job/{job}/*", step_metric=f"job/{job}/step")
+            self._defined.add(job)
         self._run.log({f"job/{job}/step": step, **{f"job/{job}/{name}": value for name, value in values.items()}})
 
     def close(self) -> None:
         """Everything is written."""
         self._run.finish()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _plain(value: Any) -> Any:

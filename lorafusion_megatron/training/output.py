@@ -1,50 +1,78 @@
 """The files of a run: adapters in PEFT's format, losses, a metrics line per optimizer step, the timeline."""
 
 import contextlib
+import io
 import json
+import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..types import StepReport
+from .printing import Printer
+
+KEPT_BYTES = 10_000_000
+"""Lines of metrics.jsonl that wait for a disk to have room again, about 30,000."""
+
+
+def strict_json(value: Any) -> str:
+    """JSON in which a number that is not finite is null: JSON has no word for it, and strict readers refuse NaN."""
+    try:
+        return json.dumps(value, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file atomically: a reader sees the old one or the new one, whole."""
+    """Replace a JSON file atomically: a reader sees the old one or the new one, whole; see `strict_json`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with temporary.open("w") as file:
-        json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w") as file:
+            file.write(strict_json(value))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 class MetricsLog:
-    """``metrics.jsonl``: one line per optimizer step of any job, flushed as it happens.
+    """``metrics.jsonl``: one line per optimizer step of any job, written as it happens; see `strict_json`.
+
+    A file that can't be written is told once and tried again at each step; until then the lines wait in memory.
 
     Args:
         folder: the run's folder.
         applied: name of each job of the checkpoint that a run goes on from -> its steps done; lines of later steps
             are dropped, since these are trained again. Empty for a run that begins afresh: the file begins anew.
+        note: told of failures; None: they are printed.
     """
 
-    def __init__(self, folder: Path, applied: Mapping[str, int]) -> None:
-        path = folder / "metrics.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_was_done(line, applied)]
-            temporary = path.with_name(".metrics.jsonl")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            temporary.replace(path)
-        self._file = path.open("a")
-        self._failed = False
+    def __init__(self, folder: Path, applied: Mapping[str, int], note: Callable[[str], None] | None = None) -> None:
+        self._path, self._applied = folder / "metrics.jsonl", dict(applied)
+        self._note = note or Printer().line
+        self._file: io.FileIO | None = None
+        self._trimmed = self._failed = False
+        self._waiting = bytearray()
+        self._lost = 0
+        self._write()
 
     def step(self, report: StepReport, *, name: str, tokens: int, label_tokens: int, samples: int) -> None:
         """Append the line of a step."""
-        line = {
+        values = {
             "time": time.time(),
             "job": name,
             "step": report.step,
@@ -57,19 +85,49 @@ class MetricsLog:
             "label_tokens": label_tokens,
             **report.extra,
         }
-        try:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
-        except OSError as error:
-            # A full disk must not end the run; said once, the adapters' own messages follow.
-            if not self._failed:
-                print(f"metrics.jsonl could not be written ({error}); the run goes on", flush=True)
-            self._failed = True
+        line = f"{strict_json(values)}\n".encode()
+        if len(self._waiting) + len(line) <= KEPT_BYTES:
+            self._waiting += line
+        else:
+            self._lost += 1
+        self._write()
 
     def close(self) -> None:
-        """Close the file."""
-        with contextlib.suppress(OSError):
-            self._file.close()
+        """Write what waits, if that can be, and close the file."""
+        self._write()
+        self._close_file()
+
+    def _write(self) -> None:
+        try:
+            self._file = self._file or self._open()
+            while self._waiting:  # without a buffer: what was written is known, so no line is torn or written twice
+                del self._waiting[: self._file.write(self._waiting) or 0]
+        except OSError as error:
+            self._close_file()
+            if not self._failed:
+                self._note(f"metrics.jsonl could not be written ({error}); the run goes on")
+            self._failed = True
+            return
+        if self._failed:
+            lost = f"; the lines of {self._lost} steps are lost" if self._lost else ""
+            self._note(f"metrics.jsonl is written again{lost}")
+        self._failed, self._lost = False, 0
+
+    def _open(self) -> io.FileIO:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        if not self._trimmed and self._path.exists():
+            lines = self._path.read_text(errors="replace").splitlines()
+            temporary = self._path.with_name(".metrics.jsonl")
+            temporary.write_text("".join(line + "\n" for line in lines if _step_was_done(line, self._applied)))
+            temporary.replace(self._path)
+        self._trimmed = True
+        return io.FileIO(self._path, "a")
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+        self._file = None
 
 
 def _step_was_done(line: str, applied: Mapping[str, int]) -> bool:

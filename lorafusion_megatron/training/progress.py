@@ -1,14 +1,17 @@
-"""What a run prints: a live table in a terminal, plain lines elsewhere, JSON lines for programs that collect logs."""
+"""What a run prints: a live table in a terminal, plain lines elsewhere, JSON lines for programs that collect logs.
 
-import json
-import math
+None of them raises where stdout can't be written: the run goes on, and lines are lost until it can (`Printer`).
+"""
+
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import IO, Literal, Protocol, cast
 
 from ..types import Schedule, StepReport
+from .output import strict_json
+from .printing import Printer, say_lost
 
 
 class Progress(Protocol):
@@ -60,8 +63,8 @@ class Lines:
 
     def __init__(self, log_interval: int = 1) -> None:
         self.log_interval = log_interval
-        self._last = time.perf_counter()
         self._tokens = 0
+        self._out = Printer()
 
     def window(self, schedule: Schedule, names: list[str]) -> None:
         """A window begins."""
@@ -85,7 +88,7 @@ class Lines:
 
     def note(self, text: str) -> None:
         """Print a line."""
-        print(text, flush=True)
+        self._out.line(text)
 
     def close(self) -> None:
         """Nothing is open."""
@@ -100,6 +103,7 @@ class JsonLines:
     def __init__(self, log_interval: int = 1) -> None:
         self.log_interval = log_interval
         self._tokens = 0
+        self._out = Printer(say_lost=lambda count: self._line("note", text=say_lost(count)))
 
     def window(self, schedule: Schedule, names: list[str]) -> None:
         """A window begins."""
@@ -116,9 +120,9 @@ class JsonLines:
             job=name,
             step=report.step,
             total=total,
-            loss=_finite(report.loss),
+            loss=report.loss,
             lr=report.lr,
-            grad_norm=_finite(report.grad_norm),
+            grad_norm=report.grad_norm,
             skipped=report.skipped,
             tokens=tokens,
         )
@@ -135,13 +139,12 @@ class JsonLines:
     def close(self) -> None:
         """Nothing is open."""
 
+    def _print(self, event: str, **values: object) -> None:
+        self._out.line(self._line(event, **values))
+
     @staticmethod
-    def _print(event: str, **values: object) -> None:
-        print(json.dumps({"time": time.time(), "event": event, **values}), flush=True)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    def _line(event: str, **values: object) -> str:
+        return strict_json({"time": time.time(), "event": event, **values})
 
 
 @dataclass(kw_only=True)
@@ -160,13 +163,17 @@ class LiveTable:
     """A table redrawn in place: per job step, loss, lr, gradient norm, tokens/s; below it the mix and bubbles."""
 
     def __init__(self) -> None:
+        from rich.console import Console
         from rich.live import Live
 
         self._rows: dict[str, _Row] = {}
         self._mix = ""
         self._bubbles = ""
         self._started = time.perf_counter()
-        self._live = Live(self._table(), refresh_per_second=4)
+        # The stream as it is now: a live table puts itself in the place of sys.stdout.
+        self._out = Printer(sys.stdout)
+        console = Console(file=cast(IO[str], self._out))
+        self._live = Live(self._table(), console=console, refresh_per_second=4)
         self._live.start()
 
     def window(self, schedule: Schedule, names: list[str]) -> None:
@@ -190,7 +197,11 @@ class LiveTable:
 
     def note(self, text: str) -> None:
         """Print a line above the table."""
-        self._live.console.print(text, highlight=False)
+        self._out.line(text, self._print)
+
+    def _print(self, text: str) -> None:
+        # As it is: gloo's messages have paths in brackets, which rich takes for markup and refuses.
+        self._live.console.print(text, markup=False, emoji=False, highlight=False)
 
     def close(self) -> None:
         """Leave the last table on the screen."""
@@ -231,4 +242,4 @@ def make_progress(
         return Silent()
     if log_format == "json":
         return JsonLines(log_interval)
-    return LiveTable() if log_format == "auto" and sys.stdout.isatty() else Lines(log_interval)
+    return LiveTable() if log_format == "auto" and Printer().isatty() else Lines(log_interval)

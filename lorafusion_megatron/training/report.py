@@ -45,6 +45,8 @@ class RunReport:
         self._bubble_share: float | None = None
         self._flops = flops_per_token(spec)
         self._peak = matmul_rate(groups.device)
+        self._unwritten: set[str] = set()
+        """Files whose last writing failed, which was told."""
         self.speed: dict[str, float] = {}
         """Of the last window: tokens per second and GPU, idle share, share of the GPU's matrix rate (rank 0)."""
 
@@ -116,7 +118,11 @@ class RunReport:
         try:
             write_json(self._folder / name, value)
         except OSError as error:
-            self._progress.note(f"{name} could not be written ({error}); the run goes on")
+            if name not in self._unwritten:
+                self._progress.note(f"{name} could not be written ({error}); the run goes on")
+            self._unwritten.add(name)
+        else:
+            self._unwritten.discard(name)
 
     def _span(self, stage: int, span: Any, schedule: Schedule) -> dict[str, Any]:
         microbatch = schedule.replicas[0][span.position]

@@ -18,7 +18,7 @@ from .adapters import factor_shapes
 from .state import PARTS, decode_schedule, drop_unfinished, factor_key, newest_state, read_shapes, state_file
 
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
-RUN_OUTPUTS = ("state", "events.jsonl", "metrics.jsonl", "trace.json")
+RUN_OUTPUTS = ("state", "metrics.jsonl", "trace.json")
 """What a run writes into its folder, and a later one would take for its own."""
 JOB_OUTPUTS = (*ADAPTER_FILES, "losses.json", "evals.json", "best")
 """What a job writes into its folder beside kept steps."""
@@ -35,6 +35,11 @@ class Resumed:
     records: Mapping[str, Mapping[str, Any]]
     """Name of each job of the checkpoint -> its record."""
     window: int = 0
+    events: tuple[int, ...] | None = ()
+    """Decisions about jobs whose effect the checkpoint holds, by id; None: those up to ``held_window``, since it is of
+    a version that did not keep them."""
+    held_window: int = -1
+    """The window in or after which the checkpoint lies."""
     schedule: Schedule | None = None
     """The window to go on with, where the checkpoint lies inside it."""
 
@@ -79,7 +84,7 @@ def find_resume(
     if groups.is_first:
         if source is not None or run.checkpoint.resume == "auto":
             found = newest_state(source or folder, note)
-            drop_unfinished(folder)
+            drop_unfinished(folder, own=True)
         if found is None:
             _start_afresh(run, note)
     found = groups.broadcast(found)
@@ -102,6 +107,8 @@ def find_resume(
         path=path,
         records=records,
         window=window if fits else window + 1,
+        held_window=window,
+        events=None if manifest.get("events") is None else tuple(manifest["events"]),
         schedule=decode_schedule(path) if fits else None,
     )
 
@@ -175,6 +182,8 @@ def _start_afresh(run: RunConfig, note: Callable[[str], None]) -> None:
     folder = run.checkpoint.save
     starts = [job.peft.init_from.resolve() for job in run.jobs if job.peft.init_from is not None]
     outputs = [folder / name for name in RUN_OUTPUTS]
+    if run.checkpoint.resume == "never":  # else they are accepted requests of a run that no checkpoint holds yet
+        outputs.append(folder / "events.jsonl")
     for job in run.jobs:
         outputs += [folder / job.name / name for name in JOB_OUTPUTS] + sorted((folder / job.name).glob("step_*"))
     there = [path for path in outputs if path.exists() and (path.is_file() or any(path.iterdir()))]

@@ -1,14 +1,16 @@
 """The jobs of a run and how each gets its data and its place on the model."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from ..config.job import JobConfig
 from ..config.run import RunConfig
 from ..errors import UserError
+from ..mcore.parallel import Groups
+from ..models.adapter import load_initial_adapter
 from ..types import AdapterSpec, Sample, Schedule
 from .inputs import job_batches, load_eval_dataset, load_job_dataset
 from .jobs import Job
-from .lifecycle import check_new_job
 from .rack import AdapterRack
 from .resume import Resumed
 from .setup import Prepared
@@ -22,8 +24,10 @@ class Roster:
         jobs: index -> job.
     """
 
-    def __init__(self, prepared: Prepared, rack: AdapterRack, resumed: Resumed) -> None:
-        self._prepared, self._rack = prepared, rack
+    def __init__(
+        self, prepared: Prepared, groups: Groups, rack: AdapterRack, resumed: Resumed, note: Callable[[str], None]
+    ) -> None:
+        self._prepared, self._groups, self._rack, self._note = prepared, groups, rack, note
         self.run: RunConfig = resumed.run
         self.jobs: dict[int, Job] = {}
         for index, config in enumerate(self.run.jobs):
@@ -78,19 +82,11 @@ class Roster:
 
         return all(is_step(self.jobs[index], step, samples) for (index, step), samples in planned.items())
 
-    def check_new(self, config: JobConfig) -> None:
-        """Raise where a job that wants to join can't be trained (rank 0).
-
-        Raises:
-            UserError: what is wrong with it.
-        """
-        check_new_job(replace(self.run, jobs=(*self.run.jobs, config)), self._prepared)
-
     def _mount(self, job: Job, resumed: Resumed | None) -> None:
         """Load a job's data and put its adapter on the model, unless it has nothing left to train."""
-        vocabulary = self._prepared.spec.vocab_size
-        if job.dataset is None:
-            job.dataset = load_job_dataset(self.run, job.index, vocab_size=vocabulary)
+        if not self._load(job):
+            return
+        assert job.dataset is not None
         job.source = job_batches(self.run, job.index, job.dataset)
         job.num_steps = job.source.num_steps
         counters = resumed.counters(job.index) if resumed else None
@@ -100,9 +96,42 @@ class Roster:
             return
         if job.status == "finished" and job.applied < job.num_steps and not job.reason:
             job.status = "running"  # the run file gives it more steps than it had
-        if job.eval_dataset is None:
-            job.eval_dataset = load_eval_dataset(self.run, job.index, vocab_size=vocabulary)
         self._rack.mount(job, self.adapter_spec(job.index), resumed.path if resumed else None, counters)
+
+    def _load(self, job: Job) -> bool:
+        """Read the data of a job that has none yet; every rank calls it.
+
+        Returns:
+            False where that of a job that joined can't be read any more, on this rank or another: the job is stopped,
+            and the others go on. (Data of the run file's jobs was read and checked before the run began.)
+        """
+        trouble, guest = None, job.name not in {config.name for config in self._prepared.run.jobs}
+        try:
+            if job.dataset is None:
+                job.dataset = load_job_dataset(self.run, job.index, vocab_size=self._prepared.spec.vocab_size)
+            if job.eval_dataset is None:
+                job.eval_dataset = load_eval_dataset(self.run, job.index, vocab_size=self._prepared.spec.vocab_size)
+            if job.config.peft.init_from is not None and job.applied == 0:
+                load_initial_adapter(
+                    job.config.peft.init_from,
+                    self._prepared.spec,
+                    self.adapter_spec(job.index),
+                    key=f"jobs[{job.index}].peft.init_from",
+                )
+        except UserError as error:
+            if not guest:
+                raise
+            trouble = str(error)
+        if not guest:
+            return True
+        troubles = self._groups.broadcast(self._groups.gather(trouble))
+        reasons = [f"rank {rank}: {text}" for rank, text in enumerate(troubles) if text]
+        if not reasons:
+            return True
+        job.status, job.reason = "stopped", reasons[0]
+        job.dataset = job.source = job.eval_dataset = None
+        self._note(f"{job.name} is stopped at step {job.applied}, the others go on: {job.reason}")
+        return False
 
 
 def _check_not_longer(job: Job) -> None:

@@ -3,7 +3,7 @@
 import os
 import socket
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,9 +12,13 @@ from ..mcore.quiet import quiet_megatron
 from .hosts import choose_interface
 from .lost import lost_rank
 from .memory import describe, predict_run_memory
+from .printing import Printer
 from .progress import Progress, make_progress
 from .setup import Prepared, prepare
 from .signals import EXIT_STOPPED, StopRequest
+
+if TYPE_CHECKING:
+    from ..mcore.parallel import Groups
 
 EXIT_UNSAVED = 73
 """Exit status where a job's last adapter could not be written (EX_CANTCREAT of sysexits.h)."""
@@ -41,12 +45,10 @@ def train_run(run: RunConfig) -> int:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     interface = choose_interface()
     stop = StopRequest()
-    groups = parallel.start(
-        prepared.topology,
-        device=prepared.device,
-        seed=run.runtime.seed,
-        timeout_minutes=run.runtime.distributed_timeout_minutes,
-    )
+    groups = _join(prepared)
+    if groups is None:
+        stop.restore()
+        return EXIT_LOST
     progress = make_progress(
         is_first=groups.is_first, log_interval=run.logger.log_interval, log_format=run.logger.log_format
     )
@@ -69,12 +71,15 @@ def train_run(run: RunConfig) -> int:
             progress.note(f"stopped {who}; the state is saved: start the same command again to go on")
         if trainer.unsaved:
             progress.note(
-                f"the last adapters of {', '.join(trainer.unsaved)} could not be saved: free some space and start the "
-                "same command again"
+                f"the last adapters of {', '.join(trainer.unsaved)} could not be saved, for the reason told above: "
+                "mend that and start the same command again"
             )
             return EXIT_UNSAVED
     except (RuntimeError, ConnectionError) as error:
         reason = lost_rank(error)
+        if isinstance(error, BrokenPipeError) and reason is None:
+            # A command whose stdout breaks ends with 0; this run is not done, and no line of it raises.
+            raise RuntimeError("a pipe broke") from error
         if reason is None:
             raise
         _tell_lost(reason)
@@ -86,13 +91,30 @@ def train_run(run: RunConfig) -> int:
     return 0 if done else EXIT_STOPPED
 
 
+def _join(prepared: Prepared) -> "Groups | None":
+    """Meet the other ranks; None, and told, where one does not come."""
+    from ..mcore import parallel
+
+    try:
+        return parallel.start(
+            prepared.topology,
+            device=prepared.device,
+            seed=prepared.run.runtime.seed,
+            timeout_minutes=prepared.run.runtime.distributed_timeout_minutes,
+        )
+    except RuntimeError as error:
+        reason = lost_rank(error)
+        if reason is None:
+            raise
+        _tell_lost(reason)
+        return None
+
+
 def _tell_lost(reason: str) -> None:
     rank, host = os.environ.get("RANK", "0"), socket.gethostname()
-    print(
+    Printer(sys.stderr).line(
         f"lorafusion-megatron: rank {rank} on {host} lost another rank, or the network to it ({reason}); "
-        "start the same command again to go on from the last checkpoint",
-        file=sys.stderr,
-        flush=True,
+        "start the same command again to go on from the last checkpoint"
     )
 
 

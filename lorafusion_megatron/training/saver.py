@@ -9,7 +9,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from ..lora.bank import AdapterShard
 from ..mcore.gather import Factors, gather_factors
@@ -31,6 +31,8 @@ class PlanPosition:
     """What the schedule was made for; a run of another shape makes its own."""
     statuses: Mapping[int, tuple[str, str]]
     """Job -> its status and the reason when the window began; jobs come and go between windows alone."""
+    events: tuple[int, ...] = ()
+    """Decisions about jobs that had taken effect then, by id (rank 0)."""
 
 
 @dataclass(kw_only=True)
@@ -58,6 +60,12 @@ class SaveItem:
         self.got[job] = (shard, snapshot)
         if len(self.got) == len(self.wants):
             self.ready.set()
+
+
+class Copy(Protocol):
+    """Copies one job's state on this rank."""
+
+    def __call__(self, *, moments: bool) -> StepSnapshot: ...
 
 
 def plan_saves(
@@ -128,11 +136,17 @@ class Saver:
         for item in items:
             self._queue.put(item)
 
-    def offer(self, job: int, step: int, shard: AdapterShard, copy: Callable[[], StepSnapshot]) -> None:
-        """A job has just done ``step`` (or begins a window with it): one copy serves everything that wants it."""
+    def offer(self, job: int, step: int, shard: AdapterShard, copy: Copy) -> None:
+        """A job has just done ``step`` (or begins a window with it): one copy serves everything that wants it.
+
+        Args:
+            job, step: that step.
+            shard: the job's shard on this rank.
+            copy: makes the copy, with the moments where a checkpoint wants it.
+        """
         wanting = [item for item in self._open if job not in item.got and item.wants.get(job) == step]
         if wanting:
-            snapshot = copy()
+            snapshot = copy(moments=any(item.cut is not None for item in wanting))
             for item in wanting:
                 item.fill(job, shard, snapshot)
 
@@ -161,15 +175,24 @@ class Saver:
             raise self._error
 
     def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            try:
+        while self._next():
+            pass
+
+    def _next(self) -> bool:
+        """Save the next item; False where the thread ends instead."""
+        item = self._queue.get()
+        more = item is not None
+        try:
+            if item is not None:
                 item.ready.wait()
                 if not item.dropped and self._error is None:
                     self._save(item)
-            except BaseException as error:
-                self._error = error
-            finally:
-                self._queue.task_done()
+        except BaseException as error:
+            self._error = error
+        finally:
+            del item  # before `drain` returns: its copies must not outlive a job that leaves
+            self._queue.task_done()
+        return more
 
     def _save(self, item: SaveItem) -> None:
         if item.cut is not None:

@@ -14,7 +14,7 @@ from ..models.projections import row_of_projection, row_projection, target_linea
 from ..scheduler.options import PlanOptions
 from ..types import ModelSpec, Topology
 from .cpu_dtype import slow_dtype_note
-from .hosts import world_size
+from .hosts import check_launcher, world_size
 from .inputs import load_inputs
 from .planning import choose_layers, cost_model, padding_multiple, plan_options
 
@@ -59,6 +59,7 @@ def prepare(run: RunConfig, *, gpu: torch.device | None = None) -> Prepared:
     Raises:
         UserError: whatever is wrong.
     """
+    check_launcher()
     device = choose_device(run)
     if device == "cuda":
         if gpu is None:

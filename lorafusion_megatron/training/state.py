@@ -163,11 +163,17 @@ def drop_old(folder: Path, keep: int) -> None:
     drop_unfinished(folder)
 
 
-def drop_unfinished(folder: Path) -> None:
-    """Remove checkpoints that never got their name."""
+def drop_unfinished(folder: Path, *, own: bool = False) -> None:
+    """Remove checkpoints that never got their name.
+
+    Args:
+        folder: the state folder.
+        own: also those under this process's number, where it writes none yet: a container that starts again often
+            has the number of the one that was killed.
+    """
     if folder.is_dir():
         for path in folder.iterdir():
-            if path.is_dir() and path.name.startswith(".") and not path.name.endswith(f".{os.getpid()}"):
+            if path.is_dir() and path.name.startswith(".") and (own or not path.name.endswith(f".{os.getpid()}")):
                 shutil.rmtree(path, ignore_errors=True)
 
 

@@ -1,5 +1,6 @@
 """The loop: decide, validate, plan a window, run it through Megatron's schedule, save on the side."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from ..config.build import Builder
 from ..config.job import JobConfig
 from ..config.run import RunConfig
 from ..mcore.parallel import Groups
+from ..mcore.rehearsal import rehearse
 from ..mcore.stop import StopVote
 from ..mcore.stream import StreamRunner
 from ..scheduler.trim import trim_schedule
@@ -20,6 +22,7 @@ from .jobs import Job
 from .lifecycle import Inbox
 from .lock import lock_folder, unlock_folder
 from .loggers import Loggers
+from .new_jobs import NewJobs
 from .next_window import NextWindow
 from .output import MetricsLog
 from .prefetch import prefetch
@@ -31,6 +34,9 @@ from .roster import Roster
 from .saver import PlanPosition, SaveItem, Saver, plan_saves
 from .setup import Prepared
 from .signals import Stop
+
+REHEARSED = {"cuda"}
+"""Devices whose first microbatch is rehearsed: where its kernels are compiled at their first call."""
 
 
 class Trainer:
@@ -66,18 +72,22 @@ class Trainer:
         """Whether the ranks agreed to stop; the state is saved then."""
         self.unsaved: list[str] = []
         """Ended jobs whose last adapter could not be written yet; they stay on the model."""
+        self._rehearsed = False
         self._unsaved_steps = 0
         """Steps of all jobs since the last checkpoint."""
         resumed = find_resume(prepared.run, prepared.spec, groups, self._shape(), progress.note, source=resume_from)
         self.window, self._left = resumed.window, resumed.schedule
-        self.roster = Roster(prepared, self.rack, resumed)
+        self.roster = Roster(prepared, groups, self.rack, resumed, progress.note)
         if self._left is not None and not self.roster.still_plans(self._left):
             progress.note("data, order or length of a job changed: the rest of its window is planned anew")
             self.window, self._left = self.window + 1, None
         self.report = RunReport(self.folder, groups, progress, self.jobs, prepared.layers_per_chunk, prepared.spec)
-        self.metrics = MetricsLog(self.folder, resumed.applied_by_name()) if groups.is_first else None
-        self.loggers = Loggers(self.run, resumed=resumed.path is not None) if groups.is_first else None
-        self.inbox = Inbox(self.folder, progress.note)
+        self.metrics = MetricsLog(self.folder, resumed.applied_by_name(), progress.note) if groups.is_first else None
+        self.loggers = (
+            Loggers(self.run, resumed=resumed.path is not None, note=progress.note) if groups.is_first else None
+        )
+        self.inbox = Inbox(self.folder, progress.note, carried_out=resumed.events, held_window=resumed.held_window)
+        self.new_jobs = NewJobs(prepared.run, prepared.spec, prepared.padding_multiple, progress.note)
         self.writer = CheckpointWriter(
             self.folder,
             self.jobs,
@@ -169,6 +179,7 @@ class Trainer:
         for index in self.rack.steps:
             self._offer(index)
         self.progress.window(rest, self.roster.names)
+        self._rehearse(rest, applied)
         vote = StopVote(self.groups, self.stop.wished, lead=2 * pipeline * chunks, interval=2 * pipeline * chunks)
         result = self.runner.run(
             rest,
@@ -187,6 +198,16 @@ class Trainer:
         self._report_status("running")
         return stopped
 
+    def _rehearse(self, schedule: Schedule, applied: dict[int, int]) -> None:
+        """Before the first window on GPUs: compile and measure kernels on all stages at once."""
+        if self._rehearsed or self.groups.device.type not in REHEARSED:
+            return
+        self._rehearsed = True
+        first = next((batch for batch in self.batches.training(schedule, applied) if batch.jobs), None)
+        if first is None:  # this replica's share is empty
+            return
+        rehearse(self.rack.chunks, first.to(self.groups.device)[0], self.rack.steps.values())
+
     def _between_windows(self) -> bool:
         """What happens with the pipeline empty: jobs come and go, adapters are validated, ended jobs leave.
 
@@ -197,11 +218,21 @@ class Trainer:
         for job in list(self.jobs.values()):
             if job.slot is not None:
                 self._settle(job)
-        statuses = {job.name: job.status for job in self.jobs.values()}
-        events = self.inbox.decide(self.window, statuses, self.roster.check_new) if self.groups.is_first else None
-        for event in self.groups.broadcast(events):
-            self._obey(event)
+        waits = True
+        while waits:
+            events, waits = self.groups.broadcast(self._decide() if self.groups.is_first else None)
+            for event in events:
+                self._obey(event)
+            if waits:
+                time.sleep(1.0)
         return self._release()
+
+    def _decide(self) -> tuple[list[dict[str, Any]], bool]:
+        """What happens to jobs now, and whether to ask again since nothing else is left to do (rank 0)."""
+        last = not any(job.status == "running" for job in self.jobs.values() if job.applied < job.num_steps)
+        statuses = {job.name: job.status for job in self.jobs.values()}
+        events = self.inbox.decide(self.window, statuses, self.new_jobs.check, last=last)
+        return events, last and not events and self.inbox.waits and not self.stop.wished()
 
     def _settle(self, job: Job) -> None:
         """Give a mounted job the status that its last window left it with."""
@@ -223,7 +254,8 @@ class Trainer:
         """Carry out one decision of rank 0, on every rank."""
         if event["op"] == "add":
             job = self.roster.add(Builder(self.folder / "inbox").section(JobConfig, event["job"], event["name"]))
-            self.progress.note(f"{job.name} joins: {job.num_steps} steps")
+            if job.slot is not None:
+                self.progress.note(f"{job.name} joins: {job.num_steps} steps")
             return
         job = next(job for job in self.jobs.values() if job.name == event["name"])
         job.status = {"pause": "paused", "resume": "running", "cancel": "cancelled"}[event["op"]]
@@ -321,6 +353,7 @@ class Trainer:
     def _position(self, schedule: Schedule | None) -> PlanPosition:
         return PlanPosition(
             window=self.window,
+            events=tuple(sorted(self.inbox.carried_out)),
             schedule=schedule,
             shape=self._shape(),
             statuses={index: (job.status, job.reason) for index, job in self.jobs.items()},
@@ -350,6 +383,7 @@ class Trainer:
 
     def _close(self, stopped: bool) -> None:
         self.next_window.close()
+        self.new_jobs.close()
         self.collector.close()
         self.report.timeline()
         self._report_status("stopped" if stopped else "done")

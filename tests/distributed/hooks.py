@@ -141,3 +141,21 @@ def spoil_steps(words: list[str], job: int, kind: str) -> int:
 
     AdapterSteps.end_step, AdapterSteps.apply = ending, applying
     return command(words)
+
+
+def rehearse_on_cpu(words: list[str]) -> int:
+    """Train with the first microbatch rehearsed, as GPUs do it."""
+    from lorafusion_megatron.training import trainer
+
+    rehearsed = []
+    original = trainer.rehearse
+
+    def watched(*args: Any) -> None:
+        original(*args)
+        rehearsed.append(True)
+
+    trainer.REHEARSED.add("cpu")
+    trainer.rehearse = watched
+    status = command(["train", *words])
+    assert rehearsed == [True]
+    return status

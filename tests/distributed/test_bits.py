@@ -39,6 +39,24 @@ def test_two_runs_of_one_topology_are_equal_to_the_last_bit(run_file, tmp_path, 
 
 @pytest.mark.parametrize(
     ("world", "words"),
+    [
+        (2, [PP2, "model.virtual_pipeline_model_parallel_size=2", "model.recompute_granularity=full"]),
+        (4, [PP2, TP2, SP]),
+        (2, []),
+    ],
+    ids=["interleaved, recomputed", "PP2 TP2 SP", "DP2"],
+)
+def test_a_rehearsed_microbatch_leaves_no_bit_behind(run_file, tmp_path, world, words):
+    launch.train(run_file, f"checkpoint.save={tmp_path / 'plain'}", *words, world=world)
+    rehearsed = [str(run_file), f"checkpoint.save={tmp_path / 'rehearsed'}", *words]
+    launch.Ranks(hooks.rehearse_on_cpu, (rehearsed,), world=world, folder=tmp_path / "logs").wait().check()
+    for name in ("first", "second"):
+        assert tiny.same_bits(tiny.adapter(tmp_path / "plain", name), tiny.adapter(tmp_path / "rehearsed", name))
+        assert tiny.losses(tmp_path / "plain", name) == tiny.losses(tmp_path / "rehearsed", name)
+
+
+@pytest.mark.parametrize(
+    ("world", "words"),
     [(2, []), (2, [TP2]), (2, [TP2, SP]), (4, [TP2, SP]), (4, [PP2, TP2, SP]), (4, [PP2])],
     ids=["DP2", "TP2", "TP2 SP", "DP2 TP2 SP", "PP2 TP2 SP", "PP2 DP2"],
 )

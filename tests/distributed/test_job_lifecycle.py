@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,45 @@ def test_a_resume_replays_a_job_that_joined_after_the_checkpoint(tmp_path):
     assert statuses(out) == {"a": "finished", "b": "finished", "late": "finished"}
     assert error(tmp_path, out, "late") < 1e-3
     assert len(tiny.losses(out, "late")) == 5
+
+
+def test_a_job_that_joined_and_lost_its_data_is_stopped_and_the_others_go_on(tmp_path):
+    run_file, out = make(tmp_path, steps=60), tmp_path / "out"
+    ranks = background(run_file, "checkpoint.save_interval=2")
+    wait_for_lines(out, 4)
+    late = yaml.safe_load((tmp_path / "late.yaml").read_text())
+    late["train"]["train_iters"] = 60
+    (tmp_path / "late.yaml").write_text(yaml.safe_dump(late))
+    main(["job", "add", str(out), str(tmp_path / "late.yaml")])
+    wait_for_lines(out, 30)
+    os.kill(ranks.processes[0].pid, signal.SIGTERM)
+    assert set(ranks.wait(60.0).statuses) == {EXIT_STOPPED}
+    assert statuses(out)["late"] == "running"
+    (tmp_path / "data" / "late.jsonl").unlink()
+    finished = background(run_file).wait(90.0).check()
+    assert statuses(out) == {"a": "finished", "b": "finished", "late": "stopped"}
+    assert "late is stopped at step" in finished.outputs[0]
+    assert "the others go on: rank 0: " in finished.outputs[0]
+    assert (out / "late" / "adapter_model.safetensors").is_file()
+    launch.train(run_file)  # and again: it stays stopped, and nothing is in the way
+    assert statuses(out)["late"] == "stopped"
+
+
+def test_an_accepted_job_outlives_a_run_that_was_killed_before_its_first_checkpoint(tmp_path):
+    run_file, out = make(tmp_path, steps=40), tmp_path / "out"
+    ranks = background(run_file)
+    wait_for_lines(out, 3)
+    main(["job", "add", str(out), str(tmp_path / "late.yaml")])
+    deadline = time.monotonic() + 60
+    while not (out / "events.jsonl").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(ranks.processes[0].pid, signal.SIGKILL)
+    ranks.wait(60.0)
+    assert not (out / "state").exists()
+    background(run_file).wait(90.0).check()
+    assert statuses(out) == {"a": "finished", "b": "finished", "late": "finished"}
+    assert error(tmp_path, out, "late") < 1e-3
 
 
 def test_a_paused_job_goes_on_where_it_was(tmp_path):

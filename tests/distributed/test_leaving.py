@@ -43,3 +43,16 @@ def test_no_rank_leaves_before_rank_0_has_written_everything(stop: bool, tmp_pat
             time.sleep(0.05)
         os.kill(ranks.processes[1].pid, signal.SIGTERM)
     assert ranks.wait(60.0).statuses == ((75, 75) if stop else (0, 0))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_waits_for_one_that_never_comes_says_so(tmp_path, rank):
+    run_file = tiny_run(tmp_path / "run")
+    words = ["train", str(run_file), "model.pipeline_model_parallel_size=2", "runtime.distributed_timeout_minutes=0.05"]
+    alone = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    ranks = Ranks(command, (words,), world=1, folder=tmp_path / "logs", environment=alone)
+    done = ranks.wait(60.0)
+    assert done.statuses == (1,)
+    assert f"rank {rank} on " in done.outputs[0]
+    assert "lost another rank, or the network to it" in done.outputs[0]
+    assert "Traceback" not in done.outputs[0]

@@ -1,5 +1,7 @@
 """What a user reads on the terminal of a run."""
 
+import json
+import os
 import subprocess
 import sys
 import warnings
@@ -25,6 +27,27 @@ def test_a_run_prints_its_own_lines_and_no_warning_of_a_library(tmp_path):
     assert "Warning" not in done.stdout
     assert "DEPRECATED" not in done.stdout
     assert done.stdout.splitlines()[0].startswith("2 jobs on cpu: local layers")
+
+
+@pytest.mark.parametrize(("stdout", "log_format"), [("full disk", "lines"), ("closed pipe", "json")])
+def test_a_run_whose_output_cannot_be_written_is_done_all_the_same(tmp_path, stdout, log_format):
+    run_file = tiny_run(tmp_path)
+    if stdout == "full disk":
+        target = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, target = os.pipe()
+        os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "lorafusion_megatron.train", str(run_file), f"logger.log_format={log_format}"],
+        cwd=tmp_path,
+        stdout=target,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
+    os.close(target)
+    assert (done.returncode, [line for line in done.stderr.splitlines() if not line.startswith("[W")]) == (0, [])
+    assert json.loads((tmp_path / "out" / "status.json").read_text())["state"] == "done"
 
 
 @pytest.mark.parametrize(("message", "module"), EXPECTED_WARNINGS)

@@ -12,6 +12,7 @@ from ...errors import UserError
 from ...lora.bank import TargetLinear
 from ...mcore.build import prepare_base
 from ...mcore.parallel import Groups
+from ...scheduler.cost import split_loads
 from ...training.rack import load_and_inject
 from ...training.setup import Prepared
 
@@ -69,7 +70,10 @@ def with_layers_of(prepared: Prepared, models: Sequence[Any], groups: Groups) ->
     by_stage = groups.broadcast(dict(everyone) if everyone else None)
     stages = range(groups.pp_size)
     layers = tuple(by_stage[stage][chunk] for chunk in range(len(models)) for stage in stages)
-    return replace(prepared, layers_per_chunk=layers)
+    # A hybrid model has attention and MLP as layers of their own; the costs are those of the base model's layers.
+    share = prepared.spec.num_layers / sum(layers)
+    loads = tuple(replace(load, layers=load.layers * share) for load in split_loads(layers))
+    return replace(prepared, layers_per_chunk=layers, plan_options=replace(prepared.plan_options, loads=loads))
 
 
 def nothing_to_finalize(*_: Any, **__: Any) -> None:

@@ -97,7 +97,12 @@ class Submitted:
         words = (str(run_file), f"checkpoint.save={self.save}", "model.pipeline_model_parallel_size=2")
         shape = ("--nodes=2", "--gpus-per-node=0", "--processes-per-node=1", "--cpus-per-process=1")
         command = (sys.executable, "-m", "lorafusion_megatron.cli.main", "slurm", *words, *shape)
-        options = (f"--launcher={launcher}", "--time=1:00:00", f"--python={sys.executable}")
+        options = (
+            f"--launcher={launcher}",
+            "--time=1:00:00",
+            f"--python={sys.executable}",
+            "--sbatch=--comment=two words",
+        )
         subprocess.run([*command, *options], cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
         # Both nodes are this machine, and their names stand for its loopback.
         exported = f"--export=ALL,PYTHONPATH={ROOT},PYTHONWARNINGS=ignore,GLOO_SOCKET_IFNAME=lo"

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,16 @@ class Bad:
     spoil: Spoil | None = None
     """What is done to the files and the run file's data beforehand."""
     overrides: tuple[str, ...] = ()
+
+
+def _touch(path: Path) -> None:
+    path.parent.mkdir()
+    path.touch()
+
+
+def _link(path: Path) -> None:
+    path.parent.mkdir()
+    path.symlink_to("nowhere")
 
 
 def keys(path: str, value: Any) -> Spoil:
@@ -157,6 +168,7 @@ RUN_FILE = (
     Bad("same name", "jobs[1].name", "jobs[0]", keys("jobs.1.name", "first")),
     Bad("same name in capitals", "jobs[1].name", "upper and lower case", keys("jobs.1.name", "FIRST")),
     Bad("name leaves the folder", "jobs[0].name", "becomes a folder", keys("jobs.0.name", "../first")),
+    Bad("name looks like an option", "jobs[0].name", "becomes a folder", keys("jobs.0.name", "-x")),
     Bad("name is empty", "jobs[0].name", "becomes a folder", keys("jobs.0.name", "")),
     Bad("name begins with a dot", "jobs[0].name", "becomes a folder", keys("jobs.0.name", ".hidden")),
     Bad("name is state", "jobs[0].name", "none of state", keys("jobs.0.name", "State")),
@@ -386,6 +398,9 @@ FOLDERS = (
         ),
     ),
     Bad("output is a file", "checkpoint.save", "no folder", lambda case: (case.folder / "out").touch()),
+    Bad("output's name is too long", "checkpoint.save", "too long", keys("checkpoint.save", "x" * 300)),
+    Bad("a job's folder is a file", "jobs[0].name", "is no folder", lambda case: _touch(case.folder / "out" / "first")),
+    Bad("a job's folder leads nowhere", "jobs[1].name", "no folder", lambda c: _link(c.folder / "out" / "second")),
     Bad(
         "output inside a file",
         "checkpoint.save",

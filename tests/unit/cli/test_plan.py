@@ -100,6 +100,7 @@ def test_replicas_share_the_work(case: Case, capsys: pytest.CaptureFixture[str])
     [
         (None, "can't be read"),
         ("{", "can't be read"),
+        pytest.param("[" * 100_000, "can't be read", id="deep"),
         ('{"first": [1]}', "holds first; --lengths takes"),
         ('{"first": [1], "second": []}', "the lengths of second; they are whole numbers from 1"),
         ('{"first": [1], "second": [0]}', "the lengths of second; they are whole numbers from 1"),
@@ -148,6 +149,24 @@ def test_a_folder_in_the_place_of_a_picture_is_told_before_planning(
     folder.mkdir()
     assert main(["plan", str(case.write()), option, str(folder)]) == 2
     assert "it must be a file, and is a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--gantt", "--trace"])
+def test_a_picture_that_can_not_be_written_is_one_line_after_the_figures(
+    case: Case, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    full = case.folder / ("full.html" if option == "--gantt" else "full.json")
+    full.symlink_to("/dev/full")
+    assert main(["plan", str(case.write()), "--json", option, str(full)]) == 2
+    out, err = capsys.readouterr()
+    assert json.loads(out)["staggered"]
+    assert err.count("\n") == 1
+    assert f"{option}: {full} can't be written (No space left on device)" in err
+    assert main(["plan", str(case.write()), option, str(full.with_stem("n" * 260))]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "can't be written (File name too long)" in err
 
 
 def test_it_runs_where_torch_can_not_be_imported(case: Case) -> None:

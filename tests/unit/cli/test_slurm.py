@@ -248,6 +248,10 @@ def test_a_run_that_ends_well_in_spite_of_the_warning_is_done(bench: Bench, run_
         (("--nodes", "2", "--gpus-per-node", "1", "--time", "1-"), r"--time: got '1-'"),
         (("--nodes", "2", "--gpus-per-node", "1", "--time", "2:30"), r"--time: 2:30 \(150 s\); .* 180 s before"),
         (("--nodes", "2", "--gpus-per-node", "1", "--time", "3"), r"--time: 3 \(180 s\)"),
+        (("--nodes", "2", "--gpus-per-node", "1", "--python", "python3\nrm -rf x"), r"single lines"),
+        (("--nodes", "2", "--gpus-per-node", "1", "--job-name", 'a"b'), r"--sbatch: .*without quotes"),
+        (("--nodes", "2", "--gpus-per-node", "1", "--partition", ""), r"--sbatch: got '--partition='"),
+        (("--nodes", "2", "--gpus-per-node", "1", "--sbatch=mem=0"), r"--sbatch: got 'mem=0'"),
         (("--nodes", "2", "--gpus-per-node", "1", "--warn-seconds", "70000"), r"--warn-seconds: got 70000"),
         (("--nodes", "2", "--gpus-per-node", "1", "--output", "/nowhere/x"), r"--output: /nowhere/x can't be written"),
     ],
@@ -289,3 +293,13 @@ def test_every_form_of_a_time_limit_that_sbatch_takes_is_taken(
 ) -> None:
     assert main(["slurm", str(run_file), "--nodes", "2", "--gpus-per-node", "1", "--time", limit, "--output", "-"]) == 0
     assert f"#SBATCH --time={limit}\n" in capsys.readouterr().out
+
+
+def test_blanks_in_values_are_quoted_as_sbatch_reads_them(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--job-name", "my run", "--sbatch=--comment=hello big world", "--sbatch=-x node1", "--sbatch=--exclusive")
+    assert main(["slurm", str(run_file), "--nodes", "2", "--gpus-per-node", "1", *words, "--output", "-"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert '#SBATCH --job-name="my run"' in lines
+    assert '#SBATCH --comment="hello big world"' in lines
+    assert "#SBATCH -x node1" in lines
+    assert "#SBATCH --exclusive" in lines

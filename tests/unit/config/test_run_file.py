@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from lorafusion_megatron.config import DatasetConfig, RunConfig, load_run
+from lorafusion_megatron.config.job import RESERVED
 from lorafusion_megatron.config.targets import HF_TARGETS
 from lorafusion_megatron.errors import UserError
 from lorafusion_megatron.types import Topology
@@ -79,6 +80,17 @@ def test_whole_numbers_as_people_write_them(run_file: Path, written: str, meant:
 
 @pytest.mark.parametrize("name", ["010", "2024-01-01", "1.2.3", "_-", "A_b-C.d", "x" * 128])
 def test_names_that_yaml_1_1_would_turn_into_something_else(run_file: Path, name: str) -> None:
+    assert load_run(run_file, [f"jobs[0].name={name}"]).jobs[0].name == name
+
+
+@pytest.mark.parametrize("name", [*RESERVED, "Run.Lock", "WandB", "Cost_Model.JSON", "earlier-2", "Earlier-", "\u212a"])
+def test_names_of_what_a_run_writes_beside_the_jobs_are_refused(run_file: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"jobs\[0\]\.name: .*nothing that begins with earlier-"):
+        load_run(run_file, [f"jobs[0].name={name}"])
+
+
+@pytest.mark.parametrize("name", ["earlier", "my-earlier-run", "run.lock2", "States"])
+def test_names_that_only_look_like_those_are_taken(run_file: Path, name: str) -> None:
     assert load_run(run_file, [f"jobs[0].name={name}"]).jobs[0].name == name
 
 

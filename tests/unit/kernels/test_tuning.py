@@ -1,9 +1,14 @@
 """Choosing a product: measured once, kept on disk, robust against broken files and candidates that don't fit."""
 
+import errno
 import json
+import stat
+import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import triton
 
 from lorafusion_megatron.kernels import tuning
@@ -148,3 +153,67 @@ def test_other_errors_are_not_hidden(milliseconds):
 def test_traffic_model(inner, hopeless):
     # 2 * 266 / inner of the product's time goes into reading and writing the output once more: 13 % at 4096.
     assert expand_is_hopeless(problem(inner=inner)) is hopeless
+
+
+def fail(*_, **__):
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
+@pytest.mark.parametrize("broken", ["mkdir", "write_text", "replace"])
+def test_a_disk_that_cannot_be_written_warns_once_and_is_tried_again(tmp_path, milliseconds, monkeypatch, broken):
+    path = tmp_path / "deep" / "choices.json"
+    tuner = Tuner(path)
+    milliseconds |= {"a": 1.0, "b": 2.0}
+    with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        patch.setattr(Path, broken, fail)
+        for tokens in (64, 128):
+            assert tuner.measure(problem(tokens=tokens), candidates("a", "b")) == "a"
+    (warning,) = caught
+    assert "Read-only file system" in str(warning.message)
+    assert tuner.known(problem(tokens=64)) == "a"
+    assert not list(tmp_path.rglob("*.*"))
+    tuner.measure(problem(tokens=256), candidates("a"))
+    assert [Tuner(path).known(problem(tokens=tokens)) for tokens in (64, 128, 256)] == ["a", "a", "a"]
+
+
+def test_a_file_that_cannot_be_read_is_measured_again(tmp_path, milliseconds):
+    path = tmp_path / "file" / "choices.json"
+    (tmp_path / "file").touch()
+    with pytest.warns(UserWarning, match="stay in memory"):
+        tuner = Tuner(path)
+    milliseconds["a"] = 1.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tuner.measure(problem(), candidates("a")) == "a"
+    assert tuner.known(problem()) == "a"
+
+
+def test_two_hosts_with_equal_process_ids_write_different_files(tmp_path, milliseconds, monkeypatch):
+    written, write_text = [], Path.write_text
+    monkeypatch.setattr(Path, "write_text", lambda path, text: (written.append(path), write_text(path, text)))
+    milliseconds["a"] = 1.0
+    for _ in range(2):
+        Tuner(tmp_path / "choices.json").measure(problem(), candidates("a"))
+    assert len(set(written)) == 2
+    others = stat.S_IMODE((tmp_path / "choices.json").stat().st_mode)
+    (tmp_path / "plain").touch()
+    assert others == stat.S_IMODE((tmp_path / "plain").stat().st_mode), "users that share a cache can't read it"
+
+
+@pytest.mark.parametrize("name", ["LORAFUSION_CACHE", "XDG_CACHE_HOME", None])
+def test_choices_stay_in_memory_where_there_is_no_home(tmp_path, monkeypatch, name):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("LORAFUSION_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    properties = SimpleNamespace(name="GPU", multi_processor_count=1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    if name is None:
+        with pytest.warns(UserWarning, match="LORAFUSION_CACHE names a folder"):
+            assert tuning.cache_path(torch.device("cuda")) is None
+        return
+    monkeypatch.setenv(name, str(tmp_path))
+    assert tuning.cache_path(torch.device("cuda")).is_relative_to(tmp_path)

@@ -31,9 +31,17 @@ def test_a_rank_takes_the_gpu_of_its_number_or_the_one_that_it_is_shown(
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch, made_current):
     monkeypatch.setenv("LOCAL_RANK", "4")
-    with pytest.raises(UserError, match="rank 4 of this host"):
+    with pytest.raises(UserError, match="5 ranks on this host and 4 GPUs"):
         claim_gpu()
     assert made_current == []
+
+
+@pytest.mark.parametrize("rank", ["0", "4"])
+def test_every_rank_of_the_host_finds_it_so_that_the_first_one_tells(monkeypatch, made_current, rank):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    with pytest.raises(UserError, match="5 ranks on this host and 4 GPUs"):
+        claim_gpu()
 
 
 def test_a_run_takes_its_gpu_before_it_makes_anything_on_one(monkeypatch, made_current):

@@ -137,3 +137,15 @@ def test_an_mlp_that_never_calls_its_linears_is_refused_where_they_have_adapters
     take_over(torch.nn.ModuleList([block(OfOperations)]), {})
     with pytest.raises(ValueError, match="use_transformer_engine_op_fuser=False"):
         take_over(torch.nn.ModuleList([block(OfOperations)]))
+
+
+@pytest.mark.parametrize("name", ["linear_fc1", "linear_fc2"])
+def test_a_linear_that_is_asked_for_more_than_its_own_product_says_so(name):
+    made = torch.nn.ModuleList([block(MLP)])
+    take_over(made)
+    linear = getattr(made[0].mlp, name)
+    with pytest.raises(NotImplementedError, match=rf"{name} .*not weight"):
+        linear(torch.zeros(2, 4), weight=torch.zeros(8, 4))
+    with pytest.raises(NotImplementedError, match="not 'bool'"):
+        linear(torch.zeros(2, 4), True)
+    linear._refuse((None,), {"runtime_gather_output": None, "is_first_microbatch": False})  # these ask for nothing

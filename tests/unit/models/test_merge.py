@@ -1,6 +1,8 @@
 """Merged models against PEFT, and the files around the weights."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +14,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lorafusion_megatron.cli.main import main
 from lorafusion_megatron.errors import UserError
+from lorafusion_megatron.models import files
 from lorafusion_megatron.models import merge as module
 from lorafusion_megatron.models.adapter import write_adapter
 from lorafusion_megatron.models.config import read_model_spec
@@ -197,3 +201,124 @@ def test_a_weight_that_overflows_its_dtype_is_an_error_and_leaves_nothing(
     with pytest.raises(UserError, match=r"layers\.0\..*\.weight with the adapter is not finite in torch\.float16"):
         merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_a_link_leads_to_the_folder_that_it_names(save_model: SaveModel, tmp_path: Path) -> None:
+    base = save_model("llama")
+    save_adapter(tmp_path / "adapter", base)
+    (tmp_path / "empty").mkdir()
+    for name, target in (("to_empty", "empty"), ("dangling", "later/new")):
+        (tmp_path / name).symlink_to(tmp_path / target)
+        merge_adapter(base, tmp_path / "adapter", tmp_path / name)
+        assert (tmp_path / name).is_symlink()
+        assert {file.name for file in (tmp_path / target).iterdir()} == {file.name for file in base.iterdir()}
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match=r"--output: .*loop exists"):
+        merge_adapter(base, tmp_path / "adapter", tmp_path / "loop")
+
+
+def test_an_empty_folder_is_filled_where_it_is(
+    save_model: SaveModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a mount point must be: nothing may be renamed onto it or from beside it."""
+    base = save_model("llama")
+    save_adapter(tmp_path / "adapter", base)
+    (tmp_path / "disk").mkdir()
+    moved: list[str] = []
+    replace_file, usage = os.replace, shutil.disk_usage
+
+    def move(source: Path, target: Path) -> None:
+        assert source.is_file()
+        assert source.is_relative_to(tmp_path / "disk")
+        replace_file(source, target)
+        moved.append(target.name)
+
+    monkeypatch.setattr(os, "replace", move)
+    asked: list[Path] = []
+    monkeypatch.setattr("shutil.disk_usage", lambda path: asked.append(path) or usage(path))
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "disk")
+    assert moved[-1] == "config.json"
+    assert all(path.is_relative_to(tmp_path / "disk") for path in asked)
+    assert {file.name for file in (tmp_path / "disk").iterdir()} == {file.name for file in base.iterdir()}
+
+
+def test_names_up_to_the_limit_are_written_and_longer_ones_refused(save_model: SaveModel, tmp_path: Path) -> None:
+    base = save_model("llama")
+    save_adapter(tmp_path / "adapter", base)
+    merge_adapter(base, tmp_path / "adapter", tmp_path / ("ä" * 127))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=r"--output: .* can't be written \(File name too long\)"):
+        merge_adapter(base, tmp_path / "adapter", tmp_path / "new" / ("n" * 300))
+    with pytest.raises(UserError, match="--output: /proc/x can't be written"):
+        merge_adapter(base, tmp_path / "adapter", "/proc/x")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o077])
+def test_rights_are_what_the_umask_leaves(save_model: SaveModel, tmp_path: Path, umask: int) -> None:
+    base = save_model("llama")
+    before = os.umask(umask)
+    try:
+        save_adapter(tmp_path / "adapter", base)
+        merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")
+    finally:
+        os.umask(before)
+    for folder in (tmp_path / "adapter", tmp_path / "merged"):
+        assert folder.stat().st_mode & 0o777 == 0o777 & ~umask
+        assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o666 & ~umask}
+
+
+def test_what_a_killed_process_left_is_removed(save_model: SaveModel, tmp_path: Path) -> None:
+    base = save_model("llama")
+    save_adapter(tmp_path / "adapter", base)
+    code = (
+        "import os, sys; from pathlib import Path; from lorafusion_megatron.models.files import temporary_folder\n"
+        "with temporary_folder(Path(sys.argv[1])) as folder: (folder / 'half').touch(); os._exit(9)"
+    )
+    outputs = [tmp_path / "beside", tmp_path / "inside"]
+    outputs[1].mkdir()
+    for output in outputs:
+        subprocess.run([sys.executable, "-c", code, str(output)], check=False, timeout=60)
+    assert len([*tmp_path.glob(".beside.*"), *outputs[1].glob(".inside.*")]) == 2
+    stale, fresh = tmp_path / ".beside.elsewhere-0-1.0123abcd", tmp_path / ".beside.elsewhere-0-1.0123abce"
+    for folder in (stale, fresh, tmp_path / ".beside.other"):
+        folder.mkdir()
+    os.utime(stale, (1.0, 1.0))
+    with files.temporary_folder(outputs[0]) as running:
+        for output in outputs:
+            merge_adapter(base, tmp_path / "adapter", output)
+        assert running.is_dir()
+    assert {path.name for path in tmp_path.glob(".*")} == {fresh.name, ".beside.other"}
+    assert {file.name for file in outputs[1].iterdir()} == {file.name for file in base.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("named", "other"),
+    [
+        ("{base}", False),
+        ("{base}/../base", False),
+        ("{copy}", True),
+        ("/gone/base", False),
+        ("owner/base", False),
+        ("owner/Model", True),
+        ("", False),
+    ],
+)
+def test_another_base_model_than_the_adapters_is_said(
+    save_model: SaveModel, tmp_path: Path, capsys: pytest.CaptureFixture[str], named: str, other: bool
+) -> None:
+    base = save_model("llama")
+    shutil.copytree(base, tmp_path / "copy" / "base")
+    named = named.format(base=base, copy=tmp_path / "copy" / "base")
+    write_adapter(tmp_path / "adapter", SPEC, named, random_tensors(read_model_spec(base), SPEC))
+    words = ["--base", str(base), "--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")]
+    assert main(["merge", *words]) == 0
+    note = f"note: the adapter names {named} as its base model, and was merged into {base}"
+    assert (note in capsys.readouterr().out) is other
+
+
+def test_a_model_of_the_hubs_cache_is_known_by_its_folder(save_model: SaveModel, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--owner--Model" / "snapshots" / "abc"
+    shutil.copytree(save_model("llama"), snapshot)
+    write_adapter(tmp_path / "adapter", SPEC, "owner/Model", random_tensors(read_model_spec(snapshot), SPEC))
+    assert merge_adapter(snapshot, tmp_path / "adapter", tmp_path / "merged") is None

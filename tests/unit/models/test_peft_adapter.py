@@ -182,6 +182,26 @@ def test_a_reader_at_any_moment_of_a_write_sees_a_whole_adapter_or_none(
     assert order == (["old"] if exists else []) + (["none"] if not exists or not same_config else []) + ["new"]
 
 
+def test_an_adapter_goes_where_a_link_leads_and_into_a_folder_that_can_not_be_replaced(
+    llama: tuple[Path, ModelSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, model = llama
+    (tmp_path / "dangling").symlink_to(tmp_path / "later" / "new")
+    write_adapter(tmp_path / "dangling", SPEC, base, random_tensors(model, SPEC))
+    assert contents(tmp_path / "later") == ["new", f"new/{CONFIG_FILE}", f"new/{WEIGHTS_FILE}"]
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    replace_file = os.replace
+
+    def move(source: Path, target: Path) -> None:
+        assert source.is_relative_to(tmp_path / "disk"), "another file system"
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "replace", move)
+    write_adapter(tmp_path / "link", SPEC, base, random_tensors(model, SPEC))
+    assert contents(tmp_path / "disk") == [CONFIG_FILE, WEIGHTS_FILE]
+
+
 def test_safetensors_own_error_for_a_full_disk_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file or directory"):
         tensors_on_disk.save_tensors({"x": torch.zeros(2)}, tmp_path / "missing" / "x.safetensors")

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 
 from lorafusion_megatron.errors import UserError
+from lorafusion_megatron.scheduler import windows
 from lorafusion_megatron.scheduler.build import PlanOptions, build_schedule
 from lorafusion_megatron.scheduler.report import simulate_schedule
 from lorafusion_megatron.scheduler.windows import WindowPlanner
@@ -84,6 +85,28 @@ def test_the_death_of_the_process_loses_nothing() -> None:
         planner._process.join()
         assert planner.take(FIRST, OPTIONS) == build_schedule(FIRST, OPTIONS)
         planner.prepare(NEXT, OPTIONS)
+        assert planner.take(NEXT, OPTIONS) == build_schedule(NEXT, OPTIONS)
+
+
+@pytest.mark.parametrize("planning", [True, False], ids=["while it plans", "while it waits"])
+def test_a_process_that_was_killed_is_followed_by_another(planning: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with WindowPlanner() as planner:
+        planner.prepare(FIRST, OPTIONS)
+        killed = planner._process
+        assert killed is not None
+        assert killed.pid is not None
+        if not planning:
+            planner.take(FIRST, OPTIONS)
+        os.kill(killed.pid, signal.SIGKILL)
+        killed.join()
+        if not planning:
+            planner.prepare(FIRST, OPTIONS)  # notices that it is gone
+        assert planner.take(FIRST, OPTIONS) == build_schedule(FIRST, OPTIONS)
+        planner.prepare(NEXT, OPTIONS)
+        assert planner._prepared is not None
+        assert planner._process is not None
+        assert planner._process.pid != killed.pid
+        monkeypatch.setattr(windows, "_plan", pytest.fail)  # in this process alone
         assert planner.take(NEXT, OPTIONS) == build_schedule(NEXT, OPTIONS)
 
 

@@ -94,3 +94,12 @@ def test_a_world_size_that_is_no_number_is_told(given: str, monkeypatch: pytest.
     monkeypatch.setenv("WORLD_SIZE", given)
     with pytest.raises(UserError, match="it is the number of ranks"):
         hosts.world_size()
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"])
+def test_what_a_launcher_sets_must_be_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "1")
+    hosts.check_launcher()
+    monkeypatch.setenv(name, "x")
+    with pytest.raises(UserError, match=rf"{name}: {name}=x; it is a number"):
+        hosts.check_launcher()

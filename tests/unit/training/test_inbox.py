@@ -1,6 +1,8 @@
 """Requests to a run: whatever is wrong with one, the run goes on; a decision once recorded is never lost."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -10,27 +12,142 @@ from lorafusion_megatron.training.lifecycle import Inbox
 STATUSES = {"a": "running", "123": "running"}
 
 
-def inbox(folder, said: list[str]) -> Inbox:
+def inbox(folder, said: list[str], **resumed) -> Inbox:
     (folder / "inbox").mkdir(exist_ok=True)
-    return Inbox(folder, said.append)
+    return Inbox(folder, said.append, **resumed)
+
+
+def good(_) -> bool:
+    return True
+
+
+def decide(box: Inbox, window: int, statuses=STATUSES, check=good, **how) -> list[dict]:
+    """What is decided, without ids and the requests' files."""
+    events = box.decide(window, statuses, check, **how)
+    return [{key: event[key] for key in event if key not in ("id", "request", "job")} for event in events]
+
+
+def write(folder, name: str, text: str):
+    """A request by hand."""
+    (folder / "inbox").mkdir(exist_ok=True)
+    (folder / "inbox" / name).write_text(text)
+    return folder / "inbox" / name
+
+
+def new_job(folder, name: str) -> str:
+    (folder / "d.jsonl").write_text("")
+    return f"name: {name}\ndataset: {{path: {folder}/d.jsonl}}\ntrain: {{global_batch_size: 1, train_iters: 1}}\n"
 
 
 def test_the_line_that_a_kill_cut_off_does_not_take_the_next_one_along(tmp_path):
     (tmp_path / "events.jsonl").write_text('{"window": 1, "op": "pause", "name": "a"}\n{"window": 3, "op": "pau')
     said: list[str] = []
-    box = inbox(tmp_path, said)
-    (tmp_path / "inbox" / "x.yaml").write_text("op: pause\nname: a\n")
-    decided = box.decide(3, STATUSES, lambda _: None)
-    assert decided == [{"window": 3, "op": "pause", "name": "a"}]
-    assert Inbox(tmp_path, said.append).decide(3, STATUSES, lambda _: None) == decided
-    assert Inbox(tmp_path, said.append).decide(1, STATUSES, lambda _: None) == [decided[0] | {"window": 1}]
+    box = inbox(tmp_path, said, carried_out=None, held_window=1)
+    write(tmp_path, "x.yaml", "op: cancel\nname: a\n")
+    wanted = [{"window": 3, "op": "cancel", "name": "a"}]
+    assert decide(box, 3) == wanted
+    again = inbox(tmp_path, said, carried_out=None, held_window=1)
+    assert decide(again, 2) == []
+    assert decide(again, 3) == wanted
+    assert decide(again, 4) == []
+    assert decide(inbox(tmp_path, said), 1) == [{"window": 1, "op": "pause", "name": "a"}]
     assert said == []
 
 
 def test_a_name_that_looks_like_a_number_stays_a_name(tmp_path):
     box = inbox(tmp_path, [])
-    (tmp_path / "inbox" / "x.yaml").write_text("op: pause\nname: 123\n")
-    assert box.decide(0, STATUSES, lambda _: None) == [{"window": 0, "op": "pause", "name": "123"}]
+    write(tmp_path, "x.yaml", "op: pause\nname: 123\n")
+    assert decide(box, 0) == [{"window": 0, "op": "pause", "name": "123"}]
+
+
+def test_a_job_that_was_added_again_before_its_first_request_is_replayed_joins_once(tmp_path):
+    """It joined at window 7; a resume from window 4 forgot it, its owner added it again at window 5."""
+    write(tmp_path, "x.yaml", new_job(tmp_path, "c"))
+    assert decide(inbox(tmp_path, []), 7) == [{"window": 7, "op": "add", "name": "c"}]
+    said: list[str] = []
+    box = inbox(tmp_path, said, held_window=4)
+    write(tmp_path, "y.yaml", new_job(tmp_path, "c"))
+    assert decide(box, 5) == [{"window": 5, "op": "add", "name": "c"}]
+    assert decide(box, 7, STATUSES | {"c": "running"}) == []
+    assert said == ["add of c, decided before, is left out: there already"]
+    assert box.carried_out == {1, 2}
+
+
+@pytest.mark.parametrize(("op", "status"), [("resume", "finished"), ("cancel", "stopped"), ("pause", "paused")])
+def test_a_decision_that_does_not_fit_any_more_is_left_out(op, status, tmp_path):
+    (tmp_path / "events.jsonl").write_text(json.dumps({"window": 2, "op": op, "name": "a"}) + "\n")
+    said: list[str] = []
+    assert decide(inbox(tmp_path, said), 2, {"a": status}) == []
+    assert said == [f"{op} of a, decided before, is left out: {status}"]
+
+
+def test_a_request_that_a_kill_left_behind_its_record_is_not_met_twice(tmp_path):
+    file = write(tmp_path, "x.yaml", "op: pause\nname: a\n")
+    kept, time = file.read_text(), file.stat().st_mtime_ns
+    first = inbox(tmp_path, [])
+    assert len(decide(first, 0)) == 1
+    file.write_text(kept)
+    os.utime(file, ns=(time, time))
+    said: list[str] = []
+    again = inbox(tmp_path, said, carried_out=first.carried_out)
+    assert decide(again, 1) == []
+    assert not file.exists()
+    assert said == []
+
+
+def test_what_was_recorded_for_windows_that_never_come_takes_effect_when_nothing_else_is_left(tmp_path):
+    lines = [{"window": 9, "op": "pause", "name": "a"}, {"window": 8, "op": "cancel", "name": "a"}]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    box = inbox(tmp_path, [])
+    assert decide(box, 5) == []
+    assert decide(box, 5, last=True) == lines
+    assert decide(box, 6, last=True) == []
+
+
+def test_a_request_whose_check_goes_on_waits_and_is_decided_when_it_is_done(tmp_path):
+    write(tmp_path, "x.yaml", new_job(tmp_path, "c"))
+    box = inbox(tmp_path, [])
+    assert decide(box, 0, check=lambda _: False) == []
+    assert box.waits
+    assert decide(box, 1) == [{"window": 1, "op": "add", "name": "c"}]
+    assert not box.waits
+
+
+@pytest.mark.parametrize("text", ["op: pause\nname: a\n", "op: pause\nname: nobody\n"], ids=["met", "refused"])
+def test_a_request_that_can_not_be_moved_away_is_answered_once(text, tmp_path, monkeypatch):
+    """Another user's file in a sticky folder."""
+
+    def refuse(*_):
+        raise PermissionError("Operation not permitted")
+
+    write(tmp_path, "x.yaml", text)
+    said: list[str] = []
+    box = inbox(tmp_path, said)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(Path, "replace", refuse)
+    assert len(decide(box, 0)) == ("nobody" not in text)
+    assert decide(box, 1) == []
+    assert len([line for line in said if "can't be moved away" in line]) == 1
+    assert len([line for line in said if "is refused" in line]) == ("nobody" in text)
+
+
+def test_an_inbox_and_a_log_that_can_not_be_read_wait(tmp_path, monkeypatch):
+    write(tmp_path, "x.yaml", "op: pause\nname: a\n")
+    (tmp_path / "events.jsonl").write_text(json.dumps({"window": 0, "op": "cancel", "name": "123"}) + "\n")
+    said: list[str] = []
+    box = inbox(tmp_path, said)
+
+    def stale(*_, **__):
+        raise OSError(116, "Stale file handle")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "iterdir", stale)
+        broken.setattr(Path, "read_text", stale)
+        assert decide(box, 0) == []
+        assert decide(box, 1) == []
+    assert len(said) == 1
+    assert "recorded decisions wait" in said[0]
+    assert [event["op"] for event in decide(box, 2)] == ["cancel", "pause"]
 
 
 @pytest.mark.parametrize("name", ["123", "true", "null", "1e5", "a"])
@@ -40,7 +157,7 @@ def test_the_command_quotes_names(name, tmp_path):
     (tmp_path / "status.json").write_text(json.dumps(status))
     (tmp_path / "metrics.jsonl").write_text("")
     assert main(["job", "cancel", str(tmp_path), name]) == 0
-    (event,) = Inbox(tmp_path, lambda _: None).decide(0, {name: "running"}, lambda _: None)
+    (event,) = decide(Inbox(tmp_path, pytest.fail), 0, {name: "running"})
     assert event == {"window": 0, "op": "cancel", "name": name}
 
 
@@ -68,11 +185,11 @@ def test_a_request_that_can_not_be_recorded_waits_and_is_met_once_there_is_room(
     (tmp_path / "inbox" / "x.yaml").write_text("op: pause\nname: a\n")
     with monkeypatch.context() as patched:
         patched.setattr(box, "_append", full)
-        assert box.decide(0, STATUSES, lambda _: None) == []
+        assert decide(box, 0) == []
     assert len(said) == 1
     assert "request x.yaml waits: it could not be recorded" in said[0]
     assert [path.name for path in (tmp_path / "inbox").iterdir()] == ["x.yaml"]
-    assert box.decide(1, STATUSES, lambda _: None) == [{"window": 1, "op": "pause", "name": "a"}]
+    assert decide(box, 1) == [{"window": 1, "op": "pause", "name": "a"}]
     assert not list((tmp_path / "inbox").iterdir())
 
 
@@ -102,7 +219,7 @@ def test_files_that_a_new_job_names_are_found_from_its_folder_or_the_home(tmp_pa
     )
     assert main(["job", "add", str(tmp_path), str(job)]) == 0
     seen = []
-    Inbox(tmp_path, pytest.fail).decide(0, {}, seen.append)
+    Inbox(tmp_path, pytest.fail).decide(0, {}, lambda job: not seen.append(job))
     assert str(seen[0].dataset.path) == str(tmp_path / "home" / "d.jsonl")
     assert seen[0].dataset.chat_template == str(tmp_path / "tpl.jinja")
 
@@ -118,12 +235,12 @@ def test_the_command_and_the_run_mean_the_same_file_by_a_relative_path(tmp_path,
     status = {"state": "running", "window": 1, "bubble_share": 0.04, "jobs": [], "last_checkpoint": None}
     (tmp_path / "status.json").write_text(json.dumps(status))
     (tmp_path / "metrics.jsonl").write_text("")
+    seen = []
     for name, folder in (("both", here), ("beside", tmp_path), ("nowhere", here)):
         job = tmp_path / "job.yaml"
         job.write_text(
             f"name: {name}\ndataset: {{path: {name}.jsonl}}\ntrain: {{global_batch_size: 1, train_iters: 1}}\n"
         )
         assert main(["job", "add", str(tmp_path), str(job)]) == 0
-        seen = []
-        Inbox(tmp_path, pytest.fail).decide(0, {}, seen.append)
+        Inbox(tmp_path, pytest.fail).decide(0, {}, lambda job: not seen.append(job))
         assert seen[-1].dataset.path == folder / f"{name}.jsonl"

@@ -6,6 +6,7 @@ import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -176,3 +177,86 @@ def test_a_tensorboard_folder_that_cannot_be_made_is_named(tmp_path: Path) -> No
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"logger\.tensorboard_dir: .*file/tb"):
         Loggers(run_with(tmp_path, tensorboard_dir=tmp_path / "file" / "tb"))
+
+
+class Broken:
+    """A tracker that works until it is told not to."""
+
+    title = "Broken"
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.fails = False
+
+    def log(self, job: str, step: int, values: object) -> None:
+        """One value."""
+        self.calls.append(f"{job} {step}")
+        if self.fails:
+            raise BrokenPipeError(32, "Broken\npipe")
+
+    def close(self) -> None:
+        """The end."""
+        self.calls.append("close")
+        if self.fails:
+            raise RuntimeError("no space")
+
+
+def opened_with(folder: Path, *trackers: Broken) -> tuple[Loggers, list[str]]:
+    """Loggers with these trackers, and what they tell."""
+    notes: list[str] = []
+    opened = Loggers(run_with(folder), note=notes.append)
+    opened._trackers += trackers
+    return opened, notes
+
+
+def test_a_tracker_that_fails_is_dropped_and_told_once(tmp_path: Path) -> None:
+    bad, good = Broken(), Broken()
+    opened, notes = opened_with(tmp_path, bad, good)
+    opened.evaluation("first", 1, 0.5)
+    bad.fails = True
+    log_steps(opened, start=2, stop=2)
+    assert bad.calls == ["first 1", "first 2"]
+    assert good.calls == ["first 1", "first 2", "second 2", "first 2", "close"]
+    assert notes == ["Broken failed (BrokenPipeError: [Errno 32] Broken pipe); the run goes on without it"]
+
+
+def test_a_tracker_that_cannot_be_closed_is_told_and_the_others_are_closed(tmp_path: Path) -> None:
+    good, bad = Broken(), Broken()
+    opened, notes = opened_with(tmp_path, good, bad)
+    bad.fails = True
+    opened.close()
+    assert good.calls == bad.calls == ["close"]
+    assert notes == ["Broken could not be closed (RuntimeError: no space): its last values may be missing"]
+
+
+def test_tensorboard_on_a_full_disk_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    opened = Loggers(run_with(tmp_path, tensorboard_dir=tmp_path / "tb"))
+    writer = opened._trackers[0]._writer._get_file_writer().event_writer._async_writer  # type: ignore[attr-defined]
+    writer._worker.exception = OSError(28, "No space left on device")  # as its writing thread leaves it
+    log_steps(opened)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("TensorBoard failed (OSError: [Errno 28] No space left")
+
+
+def test_wandb_gives_a_job_that_joins_later_its_step_axis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    calls: list[tuple[str, object]] = []
+    run = SimpleNamespace(
+        define_metric=lambda name, step_metric: calls.append((name, step_metric)),
+        log=lambda values: calls.append(("log", min(values))),
+        finish=lambda: None,
+    )
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    opened = Loggers(run_with(tmp_path, wandb_project="demo"))
+    opened.evaluation("first", 1, 0.5)
+    opened.evaluation("late", 1, 0.5)
+    opened.evaluation("late", 2, 0.5)
+    opened.close()
+    assert calls == [
+        ("job/first/*", "job/first/step"),
+        ("log", "job/first/eval_loss"),
+        ("job/late/*", "job/late/step"),
+        ("log", "job/late/eval_loss"),
+        ("log", "job/late/eval_loss"),
+    ]

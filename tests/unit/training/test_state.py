@@ -15,6 +15,7 @@ from lorafusion_megatron.training.state import (
     check_state,
     decode_schedule,
     drop_old,
+    drop_unfinished,
     encode_schedule,
     load_job,
     newest_state,
@@ -110,6 +111,17 @@ def test_the_newest_are_kept_and_unfinished_ones_of_dead_writers_removed(tmp_pat
     mine.mkdir()
     drop_old(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [mine.name, "00000002", "00000003"]
+
+
+def test_a_run_that_starts_removes_unfinished_ones_of_its_own_number_too(tmp_path):
+    """In a container the run before, which was killed, often had the same one."""
+    path = write(tmp_path, 1)
+    for name in (f".00000002.{os.getpid()}", ".00000003.1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.safetensors").write_bytes(b"cut off")
+    drop_unfinished(tmp_path, own=True)
+    assert list(tmp_path.iterdir()) == [path]
+    drop_unfinished(tmp_path / "none", own=True)
 
 
 def test_a_missing_tensor_is_told(tmp_path):

@@ -1,6 +1,7 @@
 """The status of a run from its files alone, and the commands that read it."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -50,6 +51,75 @@ def test_the_table_shows_every_job(run_dir, capsys):
     assert "0:07" in text
     assert main(["status", str(run_dir), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["jobs"][0]["name"] == "a"
+
+
+def test_brackets_are_no_markup(run_dir, tmp_path_factory, capsys):
+    folder = tmp_path_factory.mktemp("x") / "c[" / "] a[red]b"
+    shutil.copytree(run_dir, folder)
+    status = json.loads((folder / "status.json").read_text())
+    status["jobs"][1] |= {"name": "[/]", "reason": "[bold]:smile:"}
+    (folder / "status.json").write_text(json.dumps(status))
+    assert main(["status", str(folder)]) == 0
+    text = "".join(capsys.readouterr().out.split())
+    assert text.count("c[/]a[red]b") == 2
+    assert "finished:[bold]:smile:" in text
+    assert text.count("[/]") == 3
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"jobs": [{"name": 1}]}',
+        '{"jobs": [{"name": "a", "status": "", "reason": "", "step": "1", "num_steps": 2}]}',
+        '{"jobs": 5}',
+        '{"bubble_share": "x"}',
+        '{"state": 3}',
+        "[" * 100_000,
+        b"\xff",
+    ],
+    ids=range(9),
+)
+@pytest.mark.parametrize("words", [["status"], ["status", "--json"], ["job", "list"]])
+def test_a_status_that_does_not_fit_is_one_line(words, content, run_dir, capsys):
+    (run_dir / "status.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert main([*words, str(run_dir)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "status.json is damaged" in error
+
+
+def test_lines_that_do_not_fit_are_passed_over(run_dir, capsys):
+    good = {"time": 200.0, "job": "b", "step": 2, "loss": 1.0}
+    bad = [{"loss": "x"}, {"loss": True}, {"step": "1"}, {"step": -1}, {"time": None}, {"time": 1e400}, {"job": 1}]
+    lines = [json.dumps(good | change).encode() for change in bad] + [b'{"job": "\xff"}', b"[" * 100_000, b"7", b"\xff"]
+    huge = json.dumps(good | {"loss": 10**400}).encode()
+    (run_dir / "metrics.jsonl").write_bytes(b"\n".join([*lines, huge, json.dumps(good).encode(), b""]))
+    job = read_status(run_dir).jobs[1]
+    assert (job.losses, job.step) == ([1.0], 2)
+    for words in (["status"], ["status", "--json"], ["job", "list"]):
+        assert main([*words, str(run_dir)]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_name_that_is_too_long_is_one_line(capsys):
+    assert main(["status", "n" * 300]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "can't be read (File name too long)" in error
+
+
+def test_a_loss_that_was_not_finite_has_no_place_in_the_curve(run_dir, capsys):
+    lines = [{"time": 200.0, "job": "b", "step": 3, "loss": None}, {"time": 201.0, "job": "b", "step": 4, "loss": 1.0}]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    job = read_status(run_dir).jobs[1]
+    assert (len(job.losses), job.losses[1], job.times, job.step) == (2, 1.0, [200.0, 201.0], 4)
+    assert len(sparkline(job.losses)) == 1
+    assert main(["status", str(run_dir)]) == 0
+    assert main(["status", str(run_dir), "--json"]) == 0
+    text = capsys.readouterr().out.splitlines()[-1]
+    assert json.loads(text, parse_constant=pytest.fail)["jobs"][1]["losses"] == [None, 1.0]
 
 
 def test_status_needs_no_torch(run_dir):
@@ -108,6 +178,25 @@ def test_wrong_requests_are_one_line_and_leave_nothing(words, expected, run_dir,
     assert error.count("\n") == 1
     assert expected in error
     assert not (run_dir / "inbox").exists()
+
+
+def test_a_job_files_name_may_be_as_long_as_a_name_can_be(run_dir, capsys):
+    file = run_dir / f"{'n' * 250}.yaml"
+    name = "c" * 128
+    file.write_text(f"name: {name}\ndataset: {{path: x}}\ntrain: {{global_batch_size: 1, train_iters: 1}}\n")
+    (run_dir / "x").touch()
+    assert main(["job", "add", str(run_dir), str(file)]) == 0
+    (request,) = (run_dir / "inbox").iterdir()
+    assert request.name.endswith(f"-{name}.yaml")
+
+
+def test_an_inbox_that_is_a_file_is_one_line(run_dir, capsys):
+    (run_dir / "inbox").touch()
+    assert main(["job", "pause", str(run_dir), "a"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "inbox can't be written (File exists)" in error
+    assert main(["job", "list", str(run_dir)]) == 0
 
 
 def test_a_run_that_is_over_takes_no_request(run_dir, capsys):

@@ -1,0 +1,71 @@
+"""Checks of jobs that want to join: small ones on the spot, large ones in a process that nobody waits for."""
+
+import time
+from dataclasses import replace
+
+import pytest
+
+from lorafusion_megatron.config import load_run
+from lorafusion_megatron.errors import UserError
+from lorafusion_megatron.models.config import read_model_spec
+from lorafusion_megatron.training import new_jobs
+from lorafusion_megatron.training.new_jobs import NewJobs
+from tests.unit.tiny_inputs import make_case
+
+
+@pytest.fixture
+def run(tmp_path):
+    return load_run(make_case(tmp_path).write(), [])
+
+
+def make(run, said: list[str]) -> NewJobs:
+    return NewJobs(run, read_model_spec(run.base_model.path), 1, said.append)
+
+
+def wait_for(jobs: NewJobs, job) -> bool:
+    """Ask until it is known, as a run does between windows."""
+    deadline = time.monotonic() + 60
+    while not jobs.check(job):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return True
+
+
+def test_a_small_job_is_checked_on_the_spot_and_alone(run):
+    said: list[str] = []
+    jobs = make(run, said)
+    assert jobs.check(replace(run.jobs[1], name="new"))
+    with pytest.raises(UserError) as refused:
+        jobs.check(replace(run.jobs[0], name="new", peft=replace(run.jobs[0].peft, init_from=run.checkpoint.save)))
+    assert refused.value.key == "peft.init_from"
+    # What an older job began with may be gone by now.
+    gone = replace(run.jobs[0], peft=replace(run.jobs[0].peft, init_from=run.checkpoint.save / "gone"))
+    assert make(replace(run, jobs=(gone, *run.jobs[1:])), said).check(replace(run.jobs[1], name="new"))
+    assert said == []
+
+
+def test_a_large_one_is_checked_by_a_process_and_others_wait_their_turn(run, monkeypatch):
+    monkeypatch.setattr(new_jobs, "LARGE", 0)
+    said: list[str] = []
+    jobs, first = make(run, said), replace(run.jobs[1], name="new")
+    bad = replace(run.jobs[0], name="bad", max_length=10**6)
+    assert not jobs.check(first)
+    assert not jobs.check(bad)
+    assert wait_for(jobs, first)
+    with pytest.raises(UserError) as refused:
+        wait_for(jobs, bad)
+    assert refused.value.key == "max_length"
+    assert said == [f"{name} wants to join: its data is being read" for name in ("new", "bad")]
+    jobs.close()
+
+
+def test_a_check_that_was_killed_is_made_again_and_one_under_way_ends_with_the_run(run, monkeypatch):
+    monkeypatch.setattr(new_jobs, "LARGE", 0)
+    jobs, job = make(run, []), replace(run.jobs[1], name="new")
+    assert not jobs.check(job)
+    jobs._process.kill()
+    assert wait_for(jobs, job)
+    assert not jobs.check(job)
+    process = jobs._process
+    jobs.close()
+    assert not process.is_alive()
