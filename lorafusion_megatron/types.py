@@ -112,6 +112,8 @@ class Schedule:
     """Least distance in positions from the end of a job's step to the first microbatch of its next one."""
     token_capacity: int
     padding_multiple: int
+    replayed_ends: tuple[StepEnd, ...] = ()
+    """Where steps end that were done before a stop, and whose microbatches run again for the sake of other jobs."""
 
     @property
     def num_microbatches(self) -> int:

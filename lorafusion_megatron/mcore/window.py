@@ -127,6 +127,7 @@ class Window:
         self._empty: set[int] = set()
         self._first = 0
         self._mail: NormMail | None = None
+        self._replayed = {(end.position, end.job) for end in schedule.replayed_ends if end.job in steps}
         self._backwards: Iterator[tuple[int, int]] = iter(())
 
     @property
@@ -196,6 +197,9 @@ class Window:
         self._marks.append(("backward", position, chunk, start, self._clock.mark(), position in self._empty))
         if chunk != 0:  # the chunk nearest to the input is the last to run backward
             return
+        for at, job in self._replayed:
+            if at == self.passes.positions[position]:
+                self._steps[job].discard_gradient()
         ends = () if self.cut is not None and position >= self.cut else self._ends(position)
         for end in ends:
             steps = self._steps[end.job]

@@ -111,7 +111,7 @@ class Roster:
                 job.dataset = load_job_dataset(self.run, job.index, vocab_size=self._prepared.spec.vocab_size)
             if job.eval_dataset is None:
                 job.eval_dataset = load_eval_dataset(self.run, job.index, vocab_size=self._prepared.spec.vocab_size)
-            if job.config.peft.init_from is not None and job.applied == 0:
+            if guest and job.config.peft.init_from is not None and job.applied == 0:
                 load_initial_adapter(
                     job.config.peft.init_from,
                     self._prepared.spec,

@@ -19,6 +19,7 @@ from .signals import EXIT_STOPPED, StopRequest
 
 if TYPE_CHECKING:
     from ..mcore.parallel import Groups
+    from .trainer import Trainer
 
 EXIT_UNSAVED = 73
 """Exit status where a job's last adapter could not be written (EX_CANTCREAT of sysexits.h)."""
@@ -66,14 +67,8 @@ def train_run(run: RunConfig) -> int:
         groups.broadcast(None)
         _note_memory(prepared, groups, progress)
         failed = False
-        if not done:
-            who = f"by {stop.signal.name}" if stop.signal is not None else "on another rank's signal"
-            progress.note(f"stopped {who}; the state is saved: start the same command again to go on")
+        _note_end(trainer, stop, progress, done=done)
         if trainer.unsaved:
-            progress.note(
-                f"the last adapters of {', '.join(trainer.unsaved)} could not be saved, for the reason told above: "
-                "mend that and start the same command again"
-            )
             return EXIT_UNSAVED
     except (RuntimeError, ConnectionError) as error:
         reason = lost_rank(error)
@@ -89,6 +84,18 @@ def train_run(run: RunConfig) -> int:
         parallel.stop(failed=failed)
         stop.restore()
     return 0 if done else EXIT_STOPPED
+
+
+def _note_end(trainer: "Trainer", stop: StopRequest, progress: Progress, *, done: bool) -> None:
+    """Say how to go on where something is left to do."""
+    if not done:
+        who = f"by {stop.signal.name}" if stop.signal is not None else "on another rank's signal"
+        progress.note(f"stopped {who}; the state is saved: start the same command again to go on")
+    if trainer.unsaved:
+        progress.note(
+            f"the last adapters of {', '.join(trainer.unsaved)} could not be saved, for the reason told above: mend "
+            "that and start the same command again"
+        )
 
 
 def _join(prepared: Prepared) -> "Groups | None":

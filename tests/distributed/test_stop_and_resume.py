@@ -12,6 +12,7 @@ import pytest
 from lorafusion_megatron.config.job import RESERVED
 from lorafusion_megatron.training.signals import EXIT_STOPPED
 from tests import launch, tiny
+from tests.distributed import hooks
 
 STEPS = 24
 PP2 = ["model.pipeline_model_parallel_size=2"]
@@ -187,3 +188,34 @@ def test_what_a_kill_left_of_a_checkpoint_being_written_is_ignored_and_removed(r
     start(run_file, out, "PP2").wait(90.0).check()
     assert not unfinished.exists()
     check_same(out, wanted)
+
+
+@pytest.mark.parametrize("topology", ["PP2", "DP2"])
+def test_a_done_step_without_a_finite_loss_does_not_spoil_the_next_one_when_it_runs_again(topology, tmp_path):
+    """Its microbatches run again with weight 0 for the sake of other jobs, and 0 times NaN is NaN."""
+    world, words = TOPOLOGIES[topology]
+    tiny.write_base(tmp_path / "base")
+    # Steps of several microbatches, so that those of different jobs lie across each other.
+    jobs = [tiny.job(tmp_path, name, steps=14, batch=9 + i, seed=i, lora_dropout=0.1) for i, name in enumerate(NAMES)]
+    run_file = tiny.write_run(tmp_path, jobs)
+
+    def begin(out: Path, logs: str) -> launch.Ranks:
+        arguments = [str(run_file), *words, f"checkpoint.save={out}"]
+        return launch.Ranks(
+            hooks.train_on_rows_without_a_number, (arguments,), world=world, folder=tmp_path / f"{out.name}.{logs}"
+        )
+
+    begin(tmp_path / "wanted", "logs").wait(90.0).check()
+    again_run = 0
+    for lines in (6, 18):
+        out = tmp_path / f"out{lines}"
+        ranks = begin(out, "logs")
+        wait_for_lines(out, lines)
+        os.kill(ranks.processes[0].pid, signal.SIGTERM)
+        assert set(ranks.wait(60.0).statuses) == {EXIT_STOPPED}
+        again = begin(out, "again").wait(90.0).check()
+        again_run += sum("runs again" in output for output in again.outputs)
+        for name in NAMES:
+            assert tiny.same_bits(tiny.adapter(out, name), tiny.adapter(tmp_path / "wanted", name)), name
+            assert tiny.losses(out, name) == tiny.losses(tmp_path / "wanted", name), name
+    assert again_run, "no stop fell where a done step runs again"
