@@ -45,6 +45,8 @@ def prefetch(batches: Iterator[HostBatch], device: torch.device, *, depth: int =
         for batch in batches:
             yield batch.to(device)[0]
         return
+    if device.index is None:  # the side thread has a current GPU of its own
+        device = torch.device("cuda", torch.cuda.current_device())
     ready: queue.Queue[_Copied | BaseException | None] = queue.Queue(maxsize=depth)
     closed = threading.Event()
     thread = threading.Thread(target=_fill, args=(batches, device, ready, closed), name="prefetch", daemon=True)
