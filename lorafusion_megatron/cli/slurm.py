@@ -11,7 +11,7 @@ from pathlib import Path
 from lorafusion_megatron.errors import UserError
 
 TIME = re.compile(r"(?:(?P<days>\d+)-(?=\d))?(?P<parts>\d+(?::\d{1,2}){0,2})")
-OPTION = re.compile(r"--?[A-Za-z][A-Za-z0-9-]*(?:(?:=| +)[^\"\\\\]+)?")
+OPTION = re.compile(r'--?[A-Za-z][A-Za-z0-9-]*(?:(?:=| +)[^"\\]+)?')
 MOST_WARN_SECONDS = 65535
 """What sbatch's ``--signal`` takes."""
 HEAD = """\

@@ -102,17 +102,14 @@ class WindowPlanner:
         """
         started = time.perf_counter()
         prepared, self._prepared = self._prepared, None
-        answer: _Window | tuple[str, str, str, str] | None = None
+        answer: _Window | UserError | None = None
         if prepared == (batches, options):
             answer = self._receive()
         elif prepared is not None:
             self._give_up()
-        if answer is None:
-            window = _plan(batches, options)
-        elif isinstance(answer, _Window):
-            window = answer
-        else:
-            raise UserError(answer[0], rule=answer[1], remedy=answer[2], key=answer[3])
+        if isinstance(answer, UserError):
+            raise answer
+        window = answer or _plan(batches, options)
         self.speedup = window.speedup
         self.waited_seconds = time.perf_counter() - started
         return window.schedule
@@ -142,11 +139,11 @@ class WindowPlanner:
             self._process.join()
         self._process = self._connection = None
 
-    def _receive(self) -> "_Window | tuple[str, str, str, str] | None":
+    def _receive(self) -> _Window | UserError | None:
         """The process's answer; None where it has died."""
         assert self._connection is not None
         try:
-            answer: _Window | tuple[str, str, str, str] | None = self._connection.recv()
+            answer: _Window | UserError | None = self._connection.recv()
         except (OSError, EOFError):
             self._give_up()
             return None
@@ -172,7 +169,7 @@ def _serve(connection: Connection) -> None:
         try:
             answer = _plan(batches, options)
         except UserError as error:
-            answer = (error.given, error.rule, error.remedy, error.key)
+            answer = error
         except Exception:
             # A fault of the planner: the caller plans the same on the spot and fails there, with its own traceback.
             answer = None

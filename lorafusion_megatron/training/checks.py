@@ -37,7 +37,9 @@ def check_run(run: RunConfig, spec: ModelSpec) -> list[str]:
         _check_job(job, f"jobs[{index}]", spec)
     _check_output(run.checkpoint.save)
     for index, job in enumerate(run.jobs):
-        _check_folder(run.checkpoint.save / job.name, f"jobs[{index}].name")
+        folder, key = run.checkpoint.save / job.name, f"jobs[{index}].name"
+        if os.path.lexists(folder):
+            _check_writable(folder, "the job's adapter is written there", "move it away, or rename the job", key)
     check_loggers(run.logger)
     notes = []
     if run.model.sequence_parallel and run.model.tensor_model_parallel_size == 1:
@@ -161,23 +163,14 @@ def _check_output(folder: Path) -> None:
             ) from None
     while not os.path.lexists(there):
         there = there.parent
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        reason = "may not be written" if there.is_dir() else "is no folder"
-        raise UserError(
-            f"{there} {reason}", rule="the run is written there", remedy="choose another", key="checkpoint.save"
-        )
+    _check_writable(there, "the run is written there", "choose another", "checkpoint.save")
 
 
-def _check_folder(folder: Path, key: str) -> None:
-    """Check that a job's folder is one, or can become one: its adapter is written there at the end of training."""
-    if os.path.lexists(folder) and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
-        reason = "may not be written" if folder.is_dir() else "is no folder"
-        raise UserError(
-            f"{folder} {reason}",
-            rule="the job's adapter is written there",
-            remedy="move it away, or rename the job",
-            key=key,
-        )
+def _check_writable(path: Path, rule: str, remedy: str, key: str) -> None:
+    """Check that what is there is a folder that this user may write."""
+    if not (path.is_dir() and os.access(path, os.W_OK | os.X_OK)):
+        reason = "may not be written" if path.is_dir() else "is no folder"
+        raise UserError(f"{path} {reason}", rule=rule, remedy=remedy, key=key)
 
 
 def _too_long(dataset: JobDataset, limit: int, rule: str, remedy: str, key: str) -> UserError:
