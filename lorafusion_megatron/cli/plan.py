@@ -119,7 +119,7 @@ def _load(args: argparse.Namespace) -> _Work:
     from lorafusion_megatron.models.config import read_model_spec
     from lorafusion_megatron.scheduler.cost import CostModel
     from lorafusion_megatron.training.calibrate import calibrate
-    from lorafusion_megatron.training.inputs import job_batches, load_inputs
+    from lorafusion_megatron.training.inputs import job_batches, load_inputs, row_cache
     from lorafusion_megatron.training.memory import describe, predict_run_memory
     from lorafusion_megatron.training.planning import (
         choose_layers,
@@ -133,7 +133,7 @@ def _load(args: argparse.Namespace) -> _Work:
     padding = padding_multiple(run_config.runtime, expected_tile(run_config.runtime))
     notes: tuple[str, ...] = ()
     if args.lengths is None:
-        inputs = load_inputs(run_config, padding_multiple=padding)
+        inputs = load_inputs(run_config, row_cache(run_config, write=False), padding_multiple=padding)
         spec, datasets, notes = inputs.spec, dict(inputs.datasets), inputs.notes
     else:
         spec = read_model_spec(run_config.base_model.path)

@@ -18,14 +18,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check and print a summary; 0 unless something is wrong."""
     from lorafusion_megatron.config import load_run
-    from lorafusion_megatron.training.inputs import load_inputs
+    from lorafusion_megatron.training.inputs import load_inputs, row_cache
     from lorafusion_megatron.training.planning import expected_tile, padding_multiple
 
     run_config = load_run(args.run_file, args.overrides)
     runtime = run_config.runtime
     sure = runtime.device == "cuda" or runtime.lora_backend == "triton"
     padding = padding_multiple(runtime, expected_tile(runtime) if sure else 1)
-    inputs = load_inputs(run_config, padding_multiple=padding)
+    inputs = load_inputs(run_config, row_cache(run_config, write=False), padding_multiple=padding)
     print(summary(run_config, inputs, _too_long_on_gpu(run_config, inputs)))
     return 0
 

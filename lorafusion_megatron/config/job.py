@@ -19,6 +19,7 @@ RESERVED = (
     "events.jsonl",
     "cost_model.json",
     "run.lock",
+    "tokenized",
     "wandb",
     "wandb_run_id",
 )

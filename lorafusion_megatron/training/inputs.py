@@ -1,15 +1,22 @@
 """From a run file to the data sets and global batches of its jobs, everything checked; no torch."""
 
+import os
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
 from lorafusion_megatron.config import RunConfig
-from lorafusion_megatron.data import DataSource, GlobalBatches, JobDataset, load_dataset
+from lorafusion_megatron.data import DataSource, GlobalBatches, JobDataset
 from lorafusion_megatron.models.checkpoint import check_base_weights
 from lorafusion_megatron.models.config import read_model_spec
 from lorafusion_megatron.training.checks import check_dataset, check_run
+from lorafusion_megatron.training.hosts import world_size
 from lorafusion_megatron.training.initial import check_initial_adapters
+from lorafusion_megatron.training.row_cache import NAME, RowCache
 from lorafusion_megatron.types import ModelSpec
+
+type Part = Literal["dataset", "eval"]
+PARTS: tuple[Part, Part] = ("dataset", "eval")
+"""The sections of a job that name data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +33,20 @@ class Inputs:
     """What is allowed but should be told."""
 
 
-def load_inputs(run: RunConfig, *, padding_multiple: int = 1) -> Inputs:
-    """Read everything that a run names and check all of it; makes no process group and writes nothing.
+def row_cache(run: RunConfig, *, write: bool) -> RowCache:
+    """Where a run's tokenized rows are kept; ``write``: whether they are put there too (by a rank of the run)."""
+    folder = run.checkpoint.save / NAME
+    if not write:
+        return RowCache(folder, write=False)
+    return RowCache(folder, rank=int(os.environ.get("RANK", "0")), ranks=world_size())
+
+
+def load_inputs(run: RunConfig, rows: RowCache, *, padding_multiple: int = 1) -> Inputs:
+    """Read everything that a run names and check all of it; makes no process group and writes nothing but the cache.
 
     Args:
         run: the run file.
+        rows: where tokenized rows are kept.
         padding_multiple: rows that each job's part of a microbatch will be padded to.
 
     Raises:
@@ -40,40 +56,38 @@ def load_inputs(run: RunConfig, *, padding_multiple: int = 1) -> Inputs:
     notes = check_run(run, spec)
     check_base_weights(run.base_model.path, spec)
     check_initial_adapters(run, spec)
+    sources = [_source(run, index, part, spec.vocab_size) for index in range(len(run.jobs)) for part in PARTS]
+    rows.share_out([source for source in sources if source is not None])
     datasets: dict[int, JobDataset] = {}
     eval_datasets: dict[int, JobDataset] = {}
     for index in range(len(run.jobs)):
-        datasets[index] = load_job_dataset(run, index, vocab_size=spec.vocab_size)
-        notes += check_dataset(run, spec, index, datasets[index], padding_multiple=padding_multiple)
-        rows = load_eval_dataset(run, index, vocab_size=spec.vocab_size)
-        if rows is not None:
-            eval_datasets[index] = rows
-            notes += check_dataset(run, spec, index, rows, padding_multiple=padding_multiple, section="eval")
+        for part, found in zip(PARTS, (datasets, eval_datasets), strict=True):
+            dataset = load_rows(run, index, part, rows, vocab_size=spec.vocab_size)
+            if dataset is not None:
+                found[index] = dataset
+                notes += check_dataset(run, spec, index, dataset, padding_multiple=padding_multiple, section=part)
+    if rows.trouble is not None:
+        notes += (
+            f"tokenized rows can't be kept in {rows.folder} ({rows.trouble}): each rank reads all data and holds it",
+        )
     return Inputs(spec=spec, datasets=datasets, eval_datasets=eval_datasets, notes=tuple(notes))
 
 
-def load_job_dataset(run: RunConfig, job_index: int, *, vocab_size: int) -> JobDataset:
-    """The training rows of a job.
+def load_rows(run: RunConfig, job_index: int, part: Part, rows: RowCache, *, vocab_size: int) -> JobDataset | None:
+    """The training or validation rows of a job; None where it has none for validation.
 
     Args:
         run: the run file.
         job_index: index into ``run.jobs``.
+        part: "dataset" or "eval", whose ``path`` names them.
+        rows: where they are kept.
         vocab_size: of the base model: ids must lie below it.
 
     Raises:
         UserError: whatever is wrong with the file, a row or the tokenizer.
     """
-    return _load(run, job_index, run.jobs[job_index].dataset.path, "dataset", vocab_size)
-
-
-def load_eval_dataset(run: RunConfig, job_index: int, *, vocab_size: int) -> JobDataset | None:
-    """The validation rows of a job, read as the training rows are; None where it has none.
-
-    Raises:
-        UserError: as `load_job_dataset`.
-    """
-    path = run.jobs[job_index].eval.path
-    return None if path is None else _load(run, job_index, path, "eval", vocab_size)
+    source = _source(run, job_index, part, vocab_size)
+    return None if source is None else rows.load(source)
 
 
 def job_batches(run: RunConfig, job_index: int, dataset: JobDataset) -> GlobalBatches:
@@ -89,19 +103,20 @@ def job_batches(run: RunConfig, job_index: int, dataset: JobDataset) -> GlobalBa
     )
 
 
-def _load(run: RunConfig, job_index: int, path: Path, section: str, vocab_size: int) -> JobDataset:
+def _source(run: RunConfig, job_index: int, part: Part, vocab_size: int) -> DataSource | None:
     job, key = run.jobs[job_index], f"jobs[{job_index}]"
-    return load_dataset(
-        DataSource(
-            path=path,
-            key=f"{key}.{section}.path",
-            model=run.base_model.path,
-            vocab_size=vocab_size,
-            max_length=job.max_length,
-            max_length_key=f"{key}.max_length",
-            truncate=job.dataset.truncate,
-            chat_template=job.dataset.chat_template,
-            chat_template_key=f"{key}.dataset.chat_template",
-            trust_remote_code=run.base_model.trust_remote_code,
-        )
+    path = job.dataset.path if part == "dataset" else job.eval.path
+    if path is None:
+        return None
+    return DataSource(
+        path=path,
+        key=f"{key}.{part}.path",
+        model=run.base_model.path,
+        vocab_size=vocab_size,
+        max_length=job.max_length,
+        max_length_key=f"{key}.max_length",
+        truncate=job.dataset.truncate,
+        chat_template=job.dataset.chat_template,
+        chat_template_key=f"{key}.dataset.chat_template",
+        trust_remote_code=run.base_model.trust_remote_code,
     )

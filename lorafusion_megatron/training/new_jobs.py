@@ -1,4 +1,7 @@
-"""Whether a job that wants to join can be trained; large data is read in a process of its own, so that nobody waits."""
+"""Whether a job that wants to join can be trained; large data is read in a process of its own, so that nobody waits.
+
+Its rows are in the run's `row_cache` then, from which all ranks take them.
+"""
 
 import os
 import signal
@@ -14,7 +17,7 @@ from ..errors import UserError
 from ..types import ModelSpec
 from .checks import check_dataset, check_run
 from .initial import check_initial_adapters
-from .inputs import load_eval_dataset, load_job_dataset
+from .inputs import PARTS, load_rows, row_cache
 
 LARGE = 8 << 20
 """Bytes of a job's data up to which it is checked on the spot: about a second, in which all ranks wait."""
@@ -34,14 +37,16 @@ class NewJob:
         Raises:
             UserError: what is wrong with it.
         """
+        kept = row_cache(self.run, write=True)
         try:
             check_run(self.run, self.spec)
-            for section, load in (("dataset", load_job_dataset), ("eval", load_eval_dataset)):
-                rows = load(self.run, 0, vocab_size=self.spec.vocab_size)
+            for part in PARTS:
+                rows = load_rows(self.run, 0, part, kept, vocab_size=self.spec.vocab_size)
                 if rows is not None:
-                    check_dataset(self.run, self.spec, 0, rows, padding_multiple=self.padding_multiple, section=section)
+                    check_dataset(self.run, self.spec, 0, rows, padding_multiple=self.padding_multiple, section=part)
             check_initial_adapters(self.run, self.spec)
         except UserError as error:
+            kept.discard()
             key = error.key.removeprefix("jobs[0].")
             raise UserError(error.given, rule=error.rule, remedy=error.remedy, key=key) from None
 

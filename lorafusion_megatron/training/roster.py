@@ -9,7 +9,7 @@ from ..errors import UserError
 from ..mcore.parallel import Groups
 from ..models.adapter import load_initial_adapter
 from ..types import AdapterSpec, Sample, Schedule
-from .inputs import job_batches, load_eval_dataset, load_job_dataset
+from .inputs import job_batches, load_rows
 from .jobs import Job
 from .rack import AdapterRack
 from .resume import Resumed
@@ -50,6 +50,9 @@ class Roster:
             # could not be written. Of others that ended only those in the run file may have become longer.
             if job.live or kept or (job.status == "finished" and config.name in {j.name for j in prepared.run.jobs}):
                 self._mount(job, resumed)
+        used = groups.gather(prepared.rows.used)
+        if used is not None:  # every rank has its rows, and nobody looks for others yet
+            prepared.rows.drop(set().union(*used))
 
     @property
     def names(self) -> list[str]:
@@ -107,10 +110,11 @@ class Roster:
         """
         trouble, guest = None, job.name not in {config.name for config in self._prepared.run.jobs}
         try:
+            rows, vocab_size = self._prepared.rows, self._prepared.spec.vocab_size
             if job.dataset is None:
-                job.dataset = load_job_dataset(self.run, job.index, vocab_size=self._prepared.spec.vocab_size)
+                job.dataset = load_rows(self.run, job.index, "dataset", rows, vocab_size=vocab_size)
             if job.eval_dataset is None:
-                job.eval_dataset = load_eval_dataset(self.run, job.index, vocab_size=self._prepared.spec.vocab_size)
+                job.eval_dataset = load_rows(self.run, job.index, "eval", rows, vocab_size=vocab_size)
             if guest and job.config.peft.init_from is not None and job.applied == 0:
                 load_initial_adapter(
                     job.config.peft.init_from,

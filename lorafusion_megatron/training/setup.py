@@ -15,8 +15,9 @@ from ..scheduler.options import PlanOptions
 from ..types import ModelSpec, Topology
 from .cpu_dtype import slow_dtype_note
 from .hosts import check_launcher, world_size
-from .inputs import load_inputs
+from .inputs import load_inputs, row_cache
 from .planning import choose_layers, cost_model, padding_multiple, plan_options
+from .row_cache import RowCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,8 @@ class Prepared:
     """Training rows of each job of the run file, by name."""
     eval_datasets: dict[str, JobDataset]
     """Validation rows of those that have some, by name."""
+    rows: RowCache
+    """Where all of them are kept."""
     device: str
     transformer_impl: str
     transformer_reason: str
@@ -50,7 +53,7 @@ class Prepared:
 
 
 def prepare(run: RunConfig, *, gpu: torch.device | None = None) -> Prepared:
-    """Read and check everything that a run names; makes no process group and writes nothing.
+    """Read and check everything that a run names; makes no process group, and where it raises leaves nothing behind.
 
     Args:
         run: the run.
@@ -60,6 +63,15 @@ def prepare(run: RunConfig, *, gpu: torch.device | None = None) -> Prepared:
         UserError: whatever is wrong.
     """
     check_launcher()
+    rows = row_cache(run, write=True)
+    try:
+        return _prepare(run, rows, gpu)
+    except UserError:
+        rows.discard()
+        raise
+
+
+def _prepare(run: RunConfig, rows: RowCache, gpu: torch.device | None) -> Prepared:
     device = choose_device(run)
     if device == "cuda":
         if gpu is None:
@@ -69,7 +81,7 @@ def prepare(run: RunConfig, *, gpu: torch.device | None = None) -> Prepared:
     transformer_impl, reason = choose_transformer(run, device)
     backend = choose_backend(run, device)
     padding = padding_multiple(run.runtime, backend.tile)
-    inputs = load_inputs(run, padding_multiple=padding)
+    inputs = load_inputs(run, rows, padding_multiple=padding)
     spec = inputs.spec
     cost = cost_model(run, spec)
     layers, advice = choose_layers(run, spec, cost, inputs.datasets)
@@ -79,8 +91,9 @@ def prepare(run: RunConfig, *, gpu: torch.device | None = None) -> Prepared:
         run=run,
         spec=spec,
         topology=topology,
-        datasets={run.jobs[index].name: rows for index, rows in inputs.datasets.items()},
-        eval_datasets={run.jobs[index].name: rows for index, rows in inputs.eval_datasets.items()},
+        datasets={run.jobs[index].name: dataset for index, dataset in inputs.datasets.items()},
+        eval_datasets={run.jobs[index].name: dataset for index, dataset in inputs.eval_datasets.items()},
+        rows=rows,
         notes=(*inputs.notes, *advice, *([slow] if slow else [])),
         device=device,
         transformer_impl=transformer_impl,

@@ -83,6 +83,31 @@ def test_a_job_joins_one_is_cancelled_and_the_rest_equals_a_run_of_its_own(tmp_p
     assert not list((out / "inbox").iterdir())
 
 
+def test_large_data_is_read_once_for_all_ranks_jobs_and_starts_and_trains_the_same(tmp_path):
+    run_file, out = make(tmp_path, steps=20), tmp_path / "out"
+    blank = (" " * 999 + "\n") * 9000  # lines that hold nothing, so that these files count as large
+    for path in (tmp_path / "data").glob("*.jsonl"):
+        path.write_text(path.read_text() + blank)
+    ranks = background(run_file, "checkpoint.save_interval=2")
+    wait_for_lines(out, 3)
+    kept = {path: path.stat().st_ino for path in (out / "tokenized").glob("*/ids.npy")}
+    assert len(kept) == 2
+    assert main(["job", "add", str(out), str(tmp_path / "late.yaml")]) == 0
+    deadline = time.monotonic() + 60
+    while len(list((out / "tokenized").glob("*/ids.npy"))) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(ranks.processes[0].pid, signal.SIGTERM)
+    assert set(ranks.wait(60.0).statuses) == {EXIT_STOPPED}
+    background(run_file, "checkpoint.save_interval=2").wait(90.0).check()
+    assert {path: path.stat().st_ino for path in kept} == kept, "not read again"
+    assert statuses(out) == {"a": "finished", "b": "finished", "late": "finished"}
+    for path in (tmp_path / "data").glob("*.jsonl"):
+        path.write_text(path.read_text().strip())
+    for name in ("a", "b", "late"):
+        assert error(tmp_path, out, name) < 1e-3
+
+
 def test_a_resume_replays_a_job_that_joined_after_the_checkpoint(tmp_path):
     run_file, out = make(tmp_path, steps=20), tmp_path / "out"
     ranks = background(run_file, "checkpoint.save_interval=2")

@@ -8,7 +8,7 @@ import pytest
 from lorafusion_megatron.config import load_run
 from lorafusion_megatron.errors import UserError
 from lorafusion_megatron.models.config import read_model_spec
-from lorafusion_megatron.training import new_jobs
+from lorafusion_megatron.training import new_jobs, row_cache
 from lorafusion_megatron.training.new_jobs import NewJobs
 from tests.unit.tiny_inputs import make_case
 
@@ -69,3 +69,14 @@ def test_a_check_that_was_killed_is_made_again_and_one_under_way_ends_with_the_r
     process = jobs._process
     jobs.close()
     assert not process.is_alive()
+
+
+def test_rows_of_a_job_that_may_join_wait_on_disk_and_those_of_a_refused_one_do_not(run, monkeypatch):
+    monkeypatch.setattr(row_cache, "SMALL", 0)
+    kept = run.checkpoint.save / "tokenized"
+    bad = replace(run.jobs[0], name="bad", peft=replace(run.jobs[0].peft, init_from=run.checkpoint.save / "gone"))
+    with pytest.raises(UserError):
+        make(run, []).check(bad)
+    assert not kept.exists()
+    assert make(run, []).check(replace(run.jobs[1], name="new"))
+    assert len(list(kept.glob("*/ids.npy"))) == 1

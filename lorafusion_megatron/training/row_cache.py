@@ -1,0 +1,230 @@
+"""Tokenized rows on disk: a data file is read once for all ranks, jobs and starts, and mapped into their memory.
+
+    <save>/tokenized/<key>/    the rows of one data file, as `JobDataset.save` writes them
+
+The key is a hash of all that the rows depend on: the data file, the tokenizer's files, the chat template, the limits of
+the job, the code that reads them and the versions of its libraries. A file counts as the same while its size, times and
+inode do.
+"""
+
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
+
+from .. import data
+from ..data import DataSource, JobDataset, load_dataset
+from ..errors import UserError
+from ..models.files import flush, temporary_folder
+
+NAME = "tokenized"
+SMALL = 1 << 20
+"""Bytes of a data file below which its rows are not kept on disk: they are read in a fraction of a second."""
+_LIBRARIES = ("tokenizers", "transformers", "sentencepiece", "tiktoken", "jinja2")
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5"}
+
+
+class RowCache:
+    """The data sets of a run on one rank.
+
+    Jobs with the same rows share one data set. Without a folder, where the file system refuses, or for a tokenizer with
+    code of its own (whose results depend on more than the files beside it) rows are in memory alone.
+
+    Args:
+        folder: where rows are kept; None: nowhere.
+        write: whether rows that are not there yet are put there.
+        rank, ranks: which of how many ranks this is.
+    """
+
+    def __init__(self, folder: Path | None, *, write: bool = True, rank: int = 0, ranks: int = 1) -> None:
+        self.folder, self._write, self._rank, self._ranks = folder, write, rank, ranks
+        self.used: set[str] = set()
+        """Keys of the rows that this rank has asked for."""
+        self.trouble: str | None = None
+        """Why rows could not be kept on disk, where that failed."""
+        self._made: set[str] = set()
+        self._made_folders: list[Path] = []
+        self._open_sets: WeakValueDictionary[tuple[str, Path], JobDataset] = WeakValueDictionary()
+        self._model_files: dict[Path, Any] = {}
+
+    def load(self, source: DataSource) -> JobDataset:
+        """The rows of a data file; while another process reads the same one, this waits for it.
+
+        Raises:
+            UserError: as `load_dataset`.
+        """
+        key = self._key(source)
+        if key is None:
+            return load_dataset(source)
+        self.used.add(key)
+        rows = self._open_sets.get((key, source.path))
+        if rows is None:
+            rows = self._rows(key, source)
+            self._open_sets[key, source.path] = rows
+        return rows
+
+    def share_out(self, sources: Sequence[DataSource]) -> None:
+        """Put rows on disk that are not there yet, those that no other process is at; each rank begins elsewhere.
+
+        Errors in them are left for `load`, which comes upon them in the same order on every rank.
+        """
+        if self._ranks < 2 or not self._write or self.folder is None:
+            return
+        start = self._rank * len(sources) // self._ranks
+        for source in (*sources[start:], *sources[:start]):
+            key = self._key(source)
+            if key is None or not self._is_kept(source) or (self.folder / key).exists():
+                continue
+            with suppress(UserError), self._lock(key, wait=False) as ours:
+                if ours:
+                    self._make(key, source)
+
+    def drop(self, keep: Collection[str]) -> None:
+        """Remove what no job of the run needs any more; no process may be at work there.
+
+        Args:
+            keep: keys that any rank uses.
+        """
+        with suppress(OSError):
+            for path in list(self.folder.iterdir()) if self.folder else []:
+                if path.name.lstrip(".").split(".")[0] not in keep:
+                    _remove(path)
+
+    def discard(self) -> None:
+        """Remove what this rank has put there: the run does not begin."""
+        if self.folder is None:
+            return
+        for key in self.used:
+            _remove(self.folder / f"{key}.lock")
+            if key in self._made:
+                _remove(self.folder / key)
+        for folder in reversed(self._made_folders):
+            with suppress(OSError):  # not empty: another process is at work
+                folder.rmdir()
+
+    def _rows(self, key: str, source: DataSource) -> JobDataset:
+        rows = self._mapped(key, source)
+        if rows is not None:
+            return rows
+        if not self._write or not self._is_kept(source):
+            return load_dataset(source)
+        with self._lock(key, wait=True):
+            rows = self._mapped(key, source)
+            return self._make(key, source) if rows is None else rows
+
+    def _is_kept(self, source: DataSource) -> bool:
+        try:
+            return self.folder is not None and source.path.stat().st_size >= SMALL
+        except OSError:
+            return False
+
+    def _mapped(self, key: str, source: DataSource) -> JobDataset | None:
+        """The rows on disk; None where they are missing or not whole."""
+        if self.folder is None:
+            return None
+        try:
+            return JobDataset.open(self.folder / key, source.path)
+        except Exception:  # damaged files make NumPy raise many kinds
+            return None
+
+    def _make(self, key: str, source: DataSource) -> JobDataset:
+        """Read the data file and keep its rows."""
+        assert self.folder is not None
+        rows = load_dataset(source)
+        if self._key(source) != key:  # it changed while it was read
+            return rows
+        target = self.folder / key
+        try:
+            if self._mapped(key, source) is None:
+                _remove(target)  # what is there is not whole
+            with temporary_folder(target) as temporary:
+                rows.save(temporary)
+                for path in (*temporary.iterdir(), temporary):
+                    flush(path)
+                temporary.rename(target)
+            self._made.add(key)
+        except OSError as error:
+            self.trouble = error.strerror or str(error)
+        mapped = self._mapped(key, source)
+        return rows if mapped is None else mapped
+
+    @contextmanager
+    def _lock(self, key: str, *, wait: bool) -> Iterator[bool]:
+        """Keep other processes from reading the same file; False where another one has it and ``wait`` is false.
+
+        Where the file system has no locks, or can't be written, each process reads for itself.
+        """
+        assert self.folder is not None
+        ours = True
+        with ExitStack() as stack:
+            try:
+                self._make_folder()
+                file = stack.enter_context((self.folder / f"{key}.lock").open("w"))
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                ours = False
+            except OSError as error:
+                self.trouble = error.strerror or str(error)
+            yield ours
+
+    def _make_folder(self) -> None:
+        assert self.folder is not None
+        missing = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._made_folders += reversed(missing)
+
+    def _key(self, source: DataSource) -> str | None:
+        """What the rows of a source are known by; None where they can't be."""
+        if source.trust_remote_code:
+            return None
+        try:
+            if source.model not in self._model_files:
+                self._model_files[source.model] = sorted(
+                    (path.name, *_stamp(path))
+                    for path in source.model.iterdir()
+                    if path.is_file() and path.suffix not in _WEIGHTS
+                )
+            template = source.chat_template
+            parts = {
+                "code": _code(),
+                "file": [*_stamp(source.path), source.path.suffixes],
+                "model": self._model_files[source.model],
+                "limits": [source.vocab_size, source.max_length, source.truncate],
+                "template": template if template is None or "{" in template else _stamp(Path(template)),
+            }
+        except (OSError, ValueError):  # what is missing is told when it is read
+            return None
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _stamp(path: Path) -> tuple[int, int, int, int]:
+    """What a file is known by: it changes with whatever is written to it or put in its place."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
+@cache
+def _code() -> str:
+    """What the code that reads data is known by: its text, and the versions of its libraries."""
+    text = hashlib.sha256()
+    for path in sorted(Path(data.__file__).parent.glob("*.py")):
+        text.update(path.read_bytes())
+    for name in _LIBRARIES:
+        with suppress(PackageNotFoundError):
+            text.update(f"{name}={version(name)};".encode())
+    return text.hexdigest()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
