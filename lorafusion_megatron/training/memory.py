@@ -12,6 +12,8 @@ from ..types import AdapterSpec, ModelSpec
 
 ADAPTER_BYTES = 4 + 4 + 8
 """Per adapter parameter beside its own: fp32 master, fp32 gradient, two fp32 moments."""
+SNAPSHOT_BYTES = 4 + 8
+"""Per adapter parameter of a checkpoint on its way to the disk: copies of the master and both moments."""
 LIBRARY_BYTES = 600 << 20
 """Workspaces of matrix and attention libraries and of a communicator that PyTorch's allocator hands out."""
 WIDEST_FUSED = 64
@@ -32,6 +34,8 @@ class MemoryOptions:
     """None | selective | full"""
     fused_mlp: bool = False
     """Whether the backend computes the MLP's activation again in backward where the adapters allow it (Triton)."""
+    checkpoints: bool = False
+    """Whether checkpoints are saved while the pipeline is full."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,8 @@ class StageMemory:
 
     weights: int
     adapters: int
+    snapshot: int
+    """Copies of one checkpoint."""
     activations: int
     """Of the microbatches in flight: at most as many as there are stages behind, and one."""
     logits: int
@@ -50,7 +56,8 @@ class StageMemory:
     @property
     def total(self) -> int:
         """The peak."""
-        return self.weights + self.adapters + self.activations + self.logits + self.transient + LIBRARY_BYTES
+        parts = self.weights + self.adapters + self.snapshot + self.activations + self.logits + self.transient
+        return parts + LIBRARY_BYTES
 
 
 def predict_memory(spec: ModelSpec, adapters: Sequence[AdapterSpec], options: MemoryOptions) -> list[StageMemory]:
@@ -76,13 +83,16 @@ def predict_memory(spec: ModelSpec, adapters: Sequence[AdapterSpec], options: Me
         numbers = {n + i for chunk, n in zip(mine, starts, strict=True) for i in range(options.layers_per_chunk[chunk])}
         layers = len(numbers)
         first, last = 0 in mine, chunks - 1 in mine
+        parameters = sum(
+            _adapter(spec, adapter, len(numbers.intersection(adapter.layers_to_transform or numbers)), options)
+            for adapter in adapters
+        )
+        own = 0 if options.dtype_bytes == 4 else options.dtype_bytes
         out.append(
             StageMemory(
                 weights=_weights(spec, layers, first, last, options),
-                adapters=sum(
-                    _adapter(spec, adapter, len(numbers.intersection(adapter.layers_to_transform or numbers)), options)
-                    for adapter in adapters
-                ),
+                adapters=parameters * (ADAPTER_BYTES + own),
+                snapshot=parameters * SNAPSHOT_BYTES if options.checkpoints else 0,
                 activations=_in_flight(stage, chunks, options) * _activations(spec, layers / len(mine), options),
                 logits=_logits(spec, options) if last else 0,
                 transient=_transient(spec, options),
@@ -104,6 +114,7 @@ def predict_run_memory(run: RunConfig, spec: ModelSpec, layers_per_chunk: Sequen
         dtype_bytes=4 if run.base_model.dtype == "float32" else 2,
         recompute=model.recompute_granularity,
         fused_mlp=run.runtime.lora_backend != "torch" and run.runtime.device != "cpu",
+        checkpoints=run.checkpoint.save_interval is not None,
     )
     return predict_memory(spec, adapters, options)
 
@@ -133,6 +144,7 @@ def describe(memory: Sequence[StageMemory], measured: Mapping[int, int] | None =
         parts = {
             "weights": part.weights,
             "adapters": part.adapters,
+            "snapshot": part.snapshot,
             "activations": part.activations,
             "logits": part.logits,
             "transient": part.transient,
@@ -162,7 +174,7 @@ def _weights(spec: ModelSpec, layers: int, first: bool, last: bool, options: Mem
 
 
 def _adapter(spec: ModelSpec, adapter: AdapterSpec, layers: int, options: MemoryOptions) -> int:
-    """Flat buffers of one adapter on one rank: the replicated factor whole, the other one split."""
+    """Parameters of one adapter on one rank: the replicated factor whole, the other one split."""
     tp, size = options.tensor_parallel, 0.0
     for name, linear in target_linears(spec).items():
         columns = _columns(spec, adapter, name)
@@ -170,8 +182,7 @@ def _adapter(spec: ModelSpec, adapter: AdapterSpec, layers: int, options: Memory
         split_out = name in ("linear_qkv", "linear_fc1")
         inner = linear.projections[0].in_features
         size += columns * (inner / (1 if split_out else tp) + rows / (tp if split_out else 1))
-    own = 0 if options.dtype_bytes == 4 else options.dtype_bytes
-    return int(layers * size * (ADAPTER_BYTES + own))
+    return int(layers * size)
 
 
 def _in_flight(stage: int, chunks: int, options: MemoryOptions) -> int:

@@ -18,6 +18,9 @@ from ..mcore.steps import StepCounters, StepSnapshot
 from ..types import Schedule
 from .state import PARTS
 
+MAX_WAITING = 2
+"""Checkpoints that may wait for the disk when a window begins; with more, the window makes none."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanPosition:
@@ -83,7 +86,8 @@ def plan_saves(
         applied: job -> steps done before it, for every job whose state belongs to a checkpoint.
         num_steps: job -> its optimizer steps, for the jobs of the window.
         interval: optimizer steps of a job between two kept adapters; a checkpoint of the state comes after as many
-            steps of an average job of the window. None: an adapter at the end of each job alone.
+            steps of an average job of the window. None: an adapter at the end of each job alone, as where saving is
+            behind.
         where: of the checkpoints in this window.
         since: steps of all jobs that windows before it have done since the last checkpoint.
 
@@ -125,15 +129,23 @@ class Saver:
         self._write_adapter, self._write_state = write_adapter, write_state
         self._queue: queue.Queue[SaveItem | None] = queue.Queue()
         self._open: list[SaveItem] = []
+        self._unwritten = 0
+        self._count = threading.Lock()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="saver", daemon=True)
         self._thread.start()
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether so many checkpoints wait that no more should be made: each holds copies on the device."""
+        return self._unwritten >= MAX_WAITING
 
     def expect(self, items: Sequence[SaveItem]) -> None:
         """Queue what the next window saves; the same on every rank."""
         self.check()
         self._open += items
         for item in items:
+            self._note(item, 1)
             self._queue.put(item)
 
     def offer(self, job: int, step: int, shard: AdapterShard, copy: Copy) -> None:
@@ -190,9 +202,15 @@ class Saver:
         except BaseException as error:
             self._error = error
         finally:
+            self._note(item, -1)
             del item  # before `drain` returns: its copies must not outlive a job that leaves
             self._queue.task_done()
         return more
+
+    def _note(self, item: SaveItem | None, change: int) -> None:
+        if item is not None and item.cut is not None:
+            with self._count:
+                self._unwritten += change
 
     def _save(self, item: SaveItem) -> None:
         if item.cut is not None:

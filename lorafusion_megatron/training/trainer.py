@@ -31,7 +31,7 @@ from .rack import AdapterRack, InjectedModel, build_model
 from .report import RunReport
 from .resume import find_resume
 from .roster import Roster
-from .saver import PlanPosition, SaveItem, Saver, plan_saves
+from .saver import MAX_WAITING, PlanPosition, SaveItem, Saver, plan_saves
 from .setup import Prepared
 from .signals import Stop
 
@@ -170,7 +170,7 @@ class Trainer:
             return False
         where = self._position(schedule)
         skipped = schedule.num_microbatches - rest.num_microbatches
-        interval = self.run.checkpoint.save_interval
+        interval = self._save_interval()
         num_steps = {index: job.num_steps for index, job in self.jobs.items()}
         items, self._unsaved_steps = plan_saves(rest, applied, num_steps, interval, where, self._unsaved_steps)
         for item in items:
@@ -197,6 +197,17 @@ class Trainer:
             self._save_state(None if result.cut is None else schedule)
         self._report_status("running")
         return stopped
+
+    def _save_interval(self) -> int | None:
+        """Steps between saves in the next window; None: none but at the end of jobs, where the disk can't follow."""
+        interval = self.run.checkpoint.save_interval
+        if interval is not None and self.groups.broadcast(self.saver.is_behind if self.groups.is_first else None):
+            self.progress.note(
+                f"{MAX_WAITING} checkpoints wait to be written: none is made in this window. Check the disk under "
+                f"{self.folder}, or raise checkpoint.save_interval"
+            )
+            return None
+        return interval
 
     def _rehearse(self, schedule: Schedule, applied: dict[int, int]) -> None:
         """Before the first window on GPUs: compile and measure kernels on all stages at once."""

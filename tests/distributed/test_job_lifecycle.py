@@ -349,6 +349,36 @@ def test_a_full_disk_during_a_save_is_told_and_the_run_goes_on(tmp_path):
     assert not [path for path in out.rglob(".*") if path.is_dir()], "nothing half-written is left"
 
 
+def train_on_a_disk_that_hangs(words: list[str]) -> int:
+    """Train while the first checkpoint is not on the disk until both jobs have done most of their steps."""
+    from lorafusion_megatron.training import state as module
+
+    commit, folder = module.StateWriter.commit, Path(words[0]).parent / "out"
+
+    def hanging(self, manifest):
+        if os.environ["RANK"] == "0" and not any((folder / "state").glob("[0-9]*")):
+            wait_for_lines(folder, 60)
+        return commit(self, manifest)
+
+    module.StateWriter.commit = hanging
+    return launch.command(["train", *words])
+
+
+def test_while_a_disk_hangs_training_goes_on_and_makes_no_more_copies(tmp_path):
+    run_file, out = make(tmp_path, steps=40), tmp_path / "out"
+    wanted = tmp_path / "wanted"
+    words = [*PP2, *SMALL_WINDOWS, "checkpoint.save_interval=2", "checkpoint.keep=100"]
+    launch.train(run_file, *words, f"checkpoint.save={wanted}", world=2)
+    hung = launch.Ranks(train_on_a_disk_that_hangs, ([str(run_file), *words],), world=2, folder=tmp_path / "logs")
+    finished = hung.wait(90.0).check()
+    assert "2 checkpoints wait to be written: none is made in this window" in finished.outputs[0]
+    assert f"Check the disk under {out}" in finished.outputs[0]
+    made, usual = (len(list((folder / "state").glob("[0-9]*"))) for folder in (out, wanted))
+    assert 3 <= made < usual - 3
+    for name in ("a", "b"):
+        assert tiny.same_bits(tiny.adapter(out, name), tiny.adapter(wanted, name))
+
+
 def train_without_space_for_adapters(words: list[str]) -> int:
     """Train where no adapter can ever be written."""
     from lorafusion_megatron.models import tensors as module

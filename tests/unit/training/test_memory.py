@@ -30,6 +30,15 @@ def test_adapters_keep_a_master_a_gradient_and_two_moments_beside_what_the_linea
     assert first.adapters == 2 * 2 * q_and_down * (ADAPTER_BYTES + 2)
 
 
+def test_a_checkpoint_on_its_way_takes_copies_of_masters_and_moments():
+    plain, _ = predict_memory(TINY, [ADAPTER], OPTIONS)
+    saving, _ = predict_memory(TINY, [ADAPTER], replace(OPTIONS, checkpoints=True))
+    assert plain.snapshot == 0
+    assert saving.snapshot == plain.adapters // (ADAPTER_BYTES + 2) * 12
+    assert saving.total - plain.total == saving.snapshot
+    assert "snapshot 0.00" in describe([saving])
+
+
 def test_adapters_on_some_layers_take_room_where_these_are():
     everywhere, _ = predict_memory(TINY, [ADAPTER], OPTIONS)
     first, last = predict_memory(TINY, [replace(ADAPTER, layers_to_transform=(1,))], OPTIONS)

@@ -1,6 +1,7 @@
 """The saving thread: what it copies, and what it lets go of."""
 
 import gc
+import threading
 import weakref
 from types import SimpleNamespace
 
@@ -112,3 +113,22 @@ def test_nothing_is_left_to_wait_for_when_the_thread_has_ended():
     written.saver.finish()
     written.saver.drain()
     assert len(written.adapters) == 1
+
+
+@pytest.mark.timeout(20)
+def test_a_saver_whose_disk_hangs_says_so_after_two_checkpoints_and_no_more_when_it_goes_on():
+    goes_on = threading.Event()
+    written = _Written()
+    write, written.saver._write_state = written.saver._write_state, lambda item: (goes_on.wait(10), write(item))
+    written.save(adapter(), state())
+    assert not written.saver.is_behind
+    written.save(adapter(), state())
+    assert written.saver.is_behind
+    goes_on.set()
+    written.saver.drain()
+    assert not written.saver.is_behind
+    written.saver.expect([state()])
+    written.saver.close_window()  # one that was never filled
+    written.saver.finish()
+    assert not written.saver.is_behind
+    assert len(written.states) == 2
