@@ -19,6 +19,8 @@ from lorafusion_megatron.models.files import flush, prepare_output, temporary_fo
 CONFIG_FILE = "config.json"
 # Configuration, tokenizer and licence; weights in other formats would be those of the base.
 _COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
+_TEMPLATES = "additional_chat_templates"
+"""Where Transformers keeps a tokenizer's other chat templates."""
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _BLOCK_BYTES = 16 << 20
 """fp32 bytes of the rows that are merged at a time, and bytes that are copied at a time."""
@@ -123,11 +125,14 @@ def _base_name(name: str) -> str:
 
 
 def _copy_companions(base: Path, target: Path) -> None:
-    for file in sorted(base.iterdir()):
+    for file in sorted([*base.iterdir(), *base.glob(f"{_TEMPLATES}/*.jinja")]):
         wanted = file.suffix in _COPIED_SUFFIXES or file.name.upper().startswith(("LICENSE", "NOTICE"))
         if file.is_file() and wanted and not file.name.startswith("adapter_"):
-            shutil.copyfile(file, target / file.name)
-            flush(target / file.name)
+            copy = target / file.relative_to(base)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
+            flush(copy)
+            flush(copy.parent)
 
 
 def _merge_file(source: Path, target: Path, deltas: Mapping[str, _Delta]) -> Iterator[int]:

@@ -179,6 +179,9 @@ class LiveTable:
     def window(self, schedule: Schedule, names: list[str]) -> None:
         """A window begins."""
         self._mix = describe_mix(schedule, names)
+        # Those that train stand first: the screen may not hold all jobs that a long run has had.
+        now = {names[end.job] for end in schedule.step_ends}
+        self._rows = dict(sorted(self._rows.items(), key=lambda row: row[0] not in now))
         self._live.update(self._table())
 
     def step(self, report: StepReport, *, name: str, total: int, tokens: int) -> None:

@@ -103,14 +103,21 @@ def test_files_beside_the_weights_are_copied(save_model: SaveModel, tmp_path: Pa
     base = save_model("llama", max_shard_size="60KB")
     for name in ("tokenizer.json", "chat_template.jinja", "tokenizer.model", "LICENSE", "pytorch_model.bin", "x.py"):
         (base / name).write_text(name)
-    (base / "original").mkdir()
+    for name in ("original/params.json", "additional_chat_templates/tools.jinja", "additional_chat_templates/notes.py"):
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text(name)
     save_adapter(tmp_path / "adapter", base)
     seen: list[tuple[int, int]] = []
     merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", progress=lambda *step: seen.append(step))
     left_out = {"pytorch_model.bin", "x.py", "original"}
     names = {file.name for file in base.iterdir()} - left_out
     assert {file.name for file in (tmp_path / "merged").iterdir()} == names
-    for name in names:
+    (templates,) = (path for path in (tmp_path / "merged").iterdir() if path.is_dir())
+    assert [file.name for file in templates.iterdir()] == ["tools.jinja"]
+    (tmp_path / "there").mkdir()
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "there")
+    assert (tmp_path / "there" / templates.name / "tools.jinja").is_file()
+    for name in names - {templates.name}:
         if not name.endswith(".safetensors"):
             assert (tmp_path / "merged" / name).read_bytes() == (base / name).read_bytes()
     size = sum(file.stat().st_size for file in base.glob("*.safetensors"))

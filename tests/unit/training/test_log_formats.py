@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from lorafusion_megatron.training.progress import JsonLines, Lines, Silent, make_progress
+from lorafusion_megatron.training.progress import JsonLines, Lines, LiveTable, Silent, make_progress
 from lorafusion_megatron.types import Microbatch, Sample, Schedule, StepEnd, StepReport
 
 
@@ -76,3 +76,17 @@ def test_the_format_is_the_one_that_was_asked_for() -> None:
     assert isinstance(make_progress(is_first=True, log_interval=1, log_format="json"), JsonLines)
     assert isinstance(make_progress(is_first=True, log_interval=1), Lines)
     assert isinstance(make_progress(is_first=False, log_interval=1, log_format="json"), Silent)
+
+
+def test_the_live_table_shows_the_jobs_that_train_before_those_that_have_left(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    table = LiveTable()
+    for name in ("left", "a", "b"):
+        table.step(report(1), name=name, total=2, tokens=3)
+    table.window(SCHEDULE, ["a", "b"])
+    table.close()
+    shown = capsys.readouterr().out
+    assert [shown.rindex(f" {name} ") for name in ("a", "b", "left")] == sorted(
+        shown.rindex(f" {name} ") for name in ("a", "b", "left")
+    )
