@@ -197,6 +197,10 @@ class EvalConfig:
             remedy="give eval.interval in optimizer steps",
         )
 
+    def steps_until_next(self, applied: int) -> float:
+        """Optimizer steps from ``applied`` to the next validation, at which a window ends; infinity without any."""
+        return math.inf if self.interval is None else self.interval - applied % self.interval
+
 
 @dataclass(frozen=True, kw_only=True)
 class JobConfig:

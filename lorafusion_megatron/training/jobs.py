@@ -60,11 +60,7 @@ class Job:
 
     def steps_until_eval(self, applied: int) -> int:
         """Optimizer steps that it may take after ``applied`` before its next validation."""
-        left = self.num_steps - applied
-        every = self.config.eval.interval
-        if self.config.eval.path is None or every is None:
-            return left
-        return min(left, every - applied % every)
+        return int(min(self.num_steps - applied, self.config.eval.steps_until_next(applied)))
 
     def best_eval(self) -> tuple[int, float] | None:
         """(step, loss) of its best validation; one whose loss is not finite is worse than any other."""

@@ -81,6 +81,12 @@ def test_pictures_are_written(case: Case, capsys: pytest.CaptureFixture[str]) ->
     assert json.loads(trace.read_text())["traceEvents"]
 
 
+def test_windows_end_where_a_validation_is_due(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    case.run["jobs"][0]["eval"] = {"path": case.run["jobs"][1]["dataset"]["path"], "interval": 2}
+    assert main(["plan", str(case.write())]) == 0
+    assert "planned 2 windows" in capsys.readouterr().out, "4 steps of the first job"
+
+
 def test_windows_follow_the_budget(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     # One token capacity a window: a step of each job; the second job, which has 5 to the other's 4, takes 2 once.
     assert main(["plan", str(case.write()), "runtime.max_window_microbatches=1"]) == 0
