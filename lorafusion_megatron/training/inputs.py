@@ -1,6 +1,7 @@
 """From a run file to the data sets and global batches of its jobs, everything checked; no torch."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,12 +34,12 @@ class Inputs:
     """What is allowed but should be told."""
 
 
-def row_cache(run: RunConfig, *, write: bool) -> RowCache:
+def row_cache(run: RunConfig, *, write: bool, say: Callable[[str], None] | None = None) -> RowCache:
     """Where a run's tokenized rows are kept; ``write``: whether they are put there too (by a rank of the run)."""
     folder = run.checkpoint.save / NAME
     if not write:
         return RowCache(folder, write=False)
-    return RowCache(folder, rank=int(os.environ.get("RANK", "0")), ranks=world_size())
+    return RowCache(folder, rank=int(os.environ.get("RANK", "0")), ranks=world_size(), say=say)
 
 
 def load_inputs(run: RunConfig, rows: RowCache, *, padding_multiple: int = 1) -> Inputs:

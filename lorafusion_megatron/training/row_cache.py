@@ -11,7 +11,7 @@ import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -27,6 +27,8 @@ from ..models.files import flush, temporary_folder
 NAME = "tokenized"
 SMALL = 1 << 20
 """Bytes of a data file below which its rows are not kept on disk: they are read in a fraction of a second."""
+TOLD = 32 << 20
+"""Bytes of a data file from which its reading, of half a minute or more, is told."""
 _LIBRARIES = ("tokenizers", "transformers", "sentencepiece", "tiktoken", "jinja2")
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5"}
 
@@ -41,9 +43,19 @@ class RowCache:
         folder: where rows are kept; None: nowhere.
         write: whether rows that are not there yet are put there.
         rank, ranks: which of how many ranks this is.
+        say: told of large files that this rank is about to read.
     """
 
-    def __init__(self, folder: Path | None, *, write: bool = True, rank: int = 0, ranks: int = 1) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        write: bool = True,
+        rank: int = 0,
+        ranks: int = 1,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self._say = say
         self.folder, self._write, self._rank, self._ranks = folder, write, rank, ranks
         self.used: set[str] = set()
         """Keys of the rows that this rank has asked for."""
@@ -80,10 +92,11 @@ class RowCache:
         start = self._rank * len(sources) // self._ranks
         for source in (*sources[start:], *sources[:start]):
             key = self._key(source)
-            if key is None or not self._is_kept(source) or (self.folder / key).exists():
+            if key is None or not self._is_kept(source) or self._mapped(key, source) is not None:
                 continue
+            self.used.add(key)
             with suppress(UserError), self._lock(key, wait=False) as ours:
-                if ours:
+                if ours and self._mapped(key, source) is None:  # it may have come while the lock was asked for
                     self._make(key, source)
 
     def drop(self, keep: Collection[str]) -> None:
@@ -102,7 +115,7 @@ class RowCache:
         if self.folder is None:
             return
         for key in self.used:
-            _remove(self.folder / f"{key}.lock")
+            _remove(self.folder / f"{key}.lock")  # a process that waits for it reads for itself
             if key in self._made:
                 _remove(self.folder / key)
         for folder in reversed(self._made_folders):
@@ -137,10 +150,13 @@ class RowCache:
     def _make(self, key: str, source: DataSource) -> JobDataset:
         """Read the data file and keep its rows."""
         assert self.folder is not None
+        size = source.path.stat().st_size
+        if size >= TOLD and self._say is not None:
+            self._say(f"rank {self._rank} reads {source.path} ({size / 1e6:.0f} MB)")
         rows = load_dataset(source)
         if self._key(source) != key:  # it changed while it was read
             return rows
-        target = self.folder / key
+        target, failure = self.folder / key, None
         try:
             if self._mapped(key, source) is None:
                 _remove(target)  # what is there is not whole
@@ -151,15 +167,19 @@ class RowCache:
                 temporary.rename(target)
             self._made.add(key)
         except OSError as error:
-            self.trouble = error.strerror or str(error)
+            failure = error.strerror or str(error)
         mapped = self._mapped(key, source)
-        return rows if mapped is None else mapped
+        if mapped is None:
+            self.trouble = failure
+            return rows
+        return mapped  # another process's, where there are no locks and it was faster
 
     @contextmanager
     def _lock(self, key: str, *, wait: bool) -> Iterator[bool]:
         """Keep other processes from reading the same file; False where another one has it and ``wait`` is false.
 
-        Where the file system has no locks, or can't be written, each process reads for itself.
+        Where the file system has no locks, or can't be written, each process reads for itself, and the first one's rows
+        stay.
         """
         assert self.folder is not None
         ours = True
@@ -170,8 +190,8 @@ class RowCache:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 ours = False
-            except OSError as error:
-                self.trouble = error.strerror or str(error)
+            except OSError:
+                pass
             yield ours
 
     def _make_folder(self) -> None:

@@ -1,5 +1,6 @@
 """From a run file to everything that training needs, before any process group is made."""
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from .cpu_dtype import slow_dtype_note
 from .hosts import check_launcher, world_size
 from .inputs import load_inputs, row_cache
 from .planning import choose_layers, cost_model, padding_multiple, plan_options
+from .printing import Printer
 from .row_cache import RowCache
 
 
@@ -63,7 +65,7 @@ def prepare(run: RunConfig, *, gpu: torch.device | None = None) -> Prepared:
         UserError: whatever is wrong.
     """
     check_launcher()
-    rows = row_cache(run, write=True)
+    rows = row_cache(run, write=True, say=Printer(sys.stderr).line)
     try:
         return _prepare(run, rows, gpu)
     except UserError:

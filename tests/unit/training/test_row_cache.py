@@ -229,6 +229,44 @@ def test_ranks_begin_with_different_files_and_leave_errors_for_later(tmp_path, r
     assert len(reads) == 4
 
 
+def test_without_locks_all_read_the_first_ones_rows_stay_and_nothing_is_told(tmp_path, monkeypatch):
+    source, kept = make(tmp_path), tmp_path / "kept"
+
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(row_cache.fcntl, "flock", refuse)
+
+    def load(source):
+        rows = load_dataset(source)
+        if not list(kept.glob("*/")):  # another process is faster
+            other.load(source)
+        return rows
+
+    monkeypatch.setattr(row_cache, "load_dataset", load)
+    cache, other = RowCache(kept), RowCache(kept)
+    monkeypatch.setattr(other, "_make", lambda key, source, make=other._make: _with(load_dataset, make, key, source))
+    assert same(cache.load(source), load_dataset(source))
+    assert (cache.trouble, other.trouble) == (None, None)
+    assert (cache._made, other._made) == (set(), cache.used)
+
+
+def _with(read, make, *arguments):
+    """Make rows with another reader."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_cache, "load_dataset", read)
+        return make(*arguments)
+
+
+def test_large_files_are_told_before_they_are_read(tmp_path, monkeypatch):
+    source, said = make(tmp_path), []
+    RowCache(tmp_path / "kept", say=said.append).load(source)
+    assert said == []
+    monkeypatch.setattr(row_cache, "TOLD", 1)
+    RowCache(tmp_path / "other", rank=3, ranks=4, say=said.append).load(source)
+    assert said == [f"rank 3 reads {source.path} (0 MB)"]
+
+
 def test_what_no_job_needs_is_dropped_and_what_a_run_that_does_not_begin_made_is_discarded(tmp_path):
     old, new = make(tmp_path), make(tmp_path, CHAT[:2], "new.jsonl")
     folder = tmp_path / "out" / "kept"
@@ -249,13 +287,18 @@ def test_what_no_job_needs_is_dropped_and_what_a_run_that_does_not_begin_made_is
     assert not (tmp_path / "never").exists()
 
 
-def test_bad_input_leaves_nothing_behind(tmp_path):
+def test_bad_input_leaves_nothing_behind(tmp_path, monkeypatch):
     case = make_case(tmp_path)
     write_rows(tmp_path / "data" / "second.jsonl", [{"prompt_ids": [1], "completion_ids": [VOCABULARY]}])
     run = load_run(case.write(), [])
-    with pytest.raises(UserError, match=f"token id {VOCABULARY}"):
-        prepare(run)
-    assert not run.checkpoint.save.exists()
+    for rank in ("0", "1"):  # whose sharing out begins with one file or with the other
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(UserError, match=f"token id {VOCABULARY}"):
+            prepare(run)
+        assert not run.checkpoint.save.exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(row_cache, "SMALL", 0)
     write_rows(tmp_path / "data" / "second.jsonl", id_rows(5))
     prepared = prepare(run)
     assert len(list((run.checkpoint.save / "tokenized").glob("*/"))) == 2
