@@ -47,6 +47,8 @@ class ChatTemplate:
     Args:
         text: the Jinja text.
         special_tokens: ``bos_token`` and the like, which templates write.
+        today: what ``strftime_now`` tells, which some templates write into the system's turn (Llama 3.2). Not the time
+            of reading: rows must be the same on every rank and at every start.
         key: the YAML key of the data file, for messages.
         template_key: the YAML key of the template, for messages.
 
@@ -59,14 +61,16 @@ class ChatTemplate:
         that rewrite earlier turns (Qwen3 drops their thinking) are refused for such rows.
     """
 
-    def __init__(self, text: str, special_tokens: dict[str, str], *, key: str, template_key: str) -> None:
+    def __init__(
+        self, text: str, special_tokens: dict[str, str], *, today: datetime.datetime, key: str, template_key: str
+    ) -> None:
         self._special_tokens, self._key = special_tokens, key
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        environment.globals["strftime_now"] = today.strftime
         self._generation: Any = environment.extensions[_Generation.identifier]
         self._marks = bool(re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", text))
         try:

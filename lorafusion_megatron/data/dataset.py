@@ -106,6 +106,14 @@ class DatasetBuilder:
         self._labels.extend(labels)
         self._offsets.append(len(self._ids))
 
+    def extend(self, other: "DatasetBuilder") -> None:
+        """Add the rows of another one."""
+        before = len(self._ids)
+        self._ids.extend(other._ids)
+        self._labels.extend(other._labels)
+        self._offsets.extend(before + offset for offset in other._offsets[1:])
+        self.rows_truncated += other.rows_truncated
+
     def __len__(self) -> int:
         return len(self._offsets) - 1
 

@@ -1,30 +1,28 @@
 """From a data file to a `JobDataset`: rows read, tokenized, checked and packed."""
 
+from itertools import islice
+
 from lorafusion_megatron.data.dataset import DatasetBuilder, JobDataset
+from lorafusion_megatron.data.encode import encode_rows
+from lorafusion_megatron.data.parallel import WorkerLostError, encode_apart
 from lorafusion_megatron.data.reader import read_rows
 from lorafusion_megatron.data.rows import RowTokenizer
 from lorafusion_megatron.data.source import DataSource
 from lorafusion_megatron.errors import UserError
 
 
-def load_dataset(source: DataSource) -> JobDataset:
+def load_dataset(source: DataSource, *, workers: int = 1) -> JobDataset:
     """Read, tokenize and check a whole data file.
+
+    Args:
+        source: the file.
+        workers: processes that tokenize; 1: this one. The data set and the errors are the same.
 
     Raises:
         UserError: no row, a bad row, rows of two kinds, an id outside the vocabulary, a row longer than
             ``max_length``, or no label token in any row; with the place of the row.
     """
-    tokenizer = RowTokenizer(source)
-    builder = DatasetBuilder()
-    for place, row in read_rows(source.path, key=source.key):
-        ids, labels = tokenizer.tokens(row, place)
-        _check_ids(ids, place, source)
-        if source.max_length is not None and len(ids) > source.max_length:
-            if not source.truncate:
-                raise _too_long(len(ids), place, source)
-            ids, labels = ids[: source.max_length], labels[: source.max_length]
-            builder.rows_truncated += 1
-        builder.append(ids, labels)
+    builder = _encode(source) if workers == 1 else _encode_apart(source, workers)
     if not len(builder):
         raise UserError(
             f"{source.path} holds no row", rule="a job needs at least one", remedy="check the file", key=source.key
@@ -41,25 +39,19 @@ def load_dataset(source: DataSource) -> JobDataset:
     return dataset
 
 
-def _check_ids(ids: list[int], place: str, source: DataSource) -> None:
-    if not ids:
-        raise UserError(
-            f"{place} has no token", rule="a row needs at least one", remedy="remove the row", key=source.key
-        )
-    low, high = min(ids), max(ids)
-    if low < 0 or high >= source.vocab_size:
-        raise UserError(
-            f"{place} holds token id {low if low < 0 else high}",
-            rule=f"ids of this model lie between 0 and {source.vocab_size - 1}",
-            remedy="tokenize the data with the tokenizer of this model",
-            key=source.key,
-        )
+def _encode(source: DataSource) -> DatasetBuilder:
+    builder = DatasetBuilder()
+    encode_rows(read_rows(source.path, key=source.key), RowTokenizer(source), source, builder)
+    return builder
 
 
-def _too_long(tokens: int, place: str, source: DataSource) -> UserError:
-    return UserError(
-        f"{place} has {tokens} tokens, max_length is {source.max_length}",
-        rule="a row must fit into max_length",
-        remedy=f"raise {source.max_length_key}, shorten the row, or set dataset.truncate: true",
-        key=source.key,
-    )
+def _encode_apart(source: DataSource, workers: int) -> DatasetBuilder:
+    tokenizer, builder = RowTokenizer(source), DatasetBuilder()
+    rows = read_rows(source.path, key=source.key)
+    encode_rows(islice(rows, 1), tokenizer, source, builder)  # tells the kind, and loads the tokenizer if it is needed
+    try:
+        for part in encode_apart(rows, source, tokenizer.first_row, workers=workers):
+            builder.extend(part)
+    except WorkerLostError:  # killed for its memory, or no more processes are allowed
+        return _encode(source)
+    return builder

@@ -1,7 +1,10 @@
 """The kinds of data rows, and how each becomes token ids with labels."""
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from functools import cached_property
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 
@@ -53,11 +56,22 @@ def kind_of(row: dict[str, object], place: str, key: str) -> str:
     )
 
 
+class FirstRow(NamedTuple):
+    """What the first row of a file tells of the others."""
+
+    kind: str
+    place: str
+    """``file:line``, for messages."""
+    tokenizer: TextTokenizer | None
+    """Of the model, where the row needed it."""
+
+
 class RowTokenizer:
     """Turns the rows of one file into token ids and labels; the model's tokenizer is loaded at the first text.
 
     Args:
         source: the file, the model folder and the keys that named them.
+        like: one for the same file that has seen its first row, perhaps in another process; this one goes on from it.
 
     Note: a prompt and its completion are tokenized apart, because that is how they meet at inference: no token
         reaches over the border. A conversation is tokenized as one text, as its template has it; a token counts as
@@ -65,10 +79,12 @@ class RowTokenizer:
         the model has one, never to messages (their template writes it) nor to tokenized rows.
     """
 
-    def __init__(self, source: DataSource) -> None:
+    def __init__(self, source: DataSource, *, like: "FirstRow | None" = None) -> None:
         self._source, self._key = source, source.key
-        self._kind = ""
-        self._first = ""
+        self._kind = like.kind if like else ""
+        self._first = like.place if like else ""
+        if like and like.tokenizer is not None:
+            self.__dict__["_tokenizer"] = like.tokenizer
         self._by_kind: dict[str, Callable[[dict[str, object], str], Tokens]] = {
             "tokenized": self._tokenized,
             "messages": self._messages,
@@ -99,6 +115,11 @@ class RowTokenizer:
             self._kind, self._first = kind, place
         return self._by_kind[kind](row, place)
 
+    @property
+    def first_row(self) -> "FirstRow":
+        """What the first row told; can be sent to another process."""
+        return FirstRow(self._kind, self._first, self.__dict__.get("_tokenizer"))
+
     @cached_property
     def _tokenizer(self) -> TextTokenizer:
         return TextTokenizer(self._source.model, trust_remote_code=self._source.trust_remote_code, key=self._key)
@@ -107,7 +128,13 @@ class RowTokenizer:
     def _template(self) -> ChatTemplate:
         source, tokenizer = self._source, self._tokenizer
         text = read_chat_template(source.model, source.chat_template, tokenizer.config, key=source.chat_template_key)
-        return ChatTemplate(text, tokenizer.special_tokens, key=self._key, template_key=source.chat_template_key)
+        return ChatTemplate(
+            text,
+            tokenizer.special_tokens,
+            today=datetime.fromtimestamp(source.path.stat().st_mtime, UTC),
+            key=self._key,
+            template_key=source.chat_template_key,
+        )
 
     def _tokenized(self, row: dict[str, object], place: str) -> Tokens:
         prompt, completion = (self._ids(row, field, place) for field in KINDS["tokenized"])
@@ -143,7 +170,7 @@ class RowTokenizer:
                 key=self._key,
             )
         ids, characters = self._tokenizer.encode_with_spans(text)
-        starts, stops = np.array(characters, dtype=np.int64).reshape(-1, 2).T
+        starts, stops = np.fromiter(chain.from_iterable(characters), np.int64, 2 * len(ids)).reshape(-1, 2).T
         labels = np.zeros(len(ids), dtype=np.bool_)
         for start, stop in spans:
             labels |= (starts < stop) & (stops > start)
@@ -187,4 +214,8 @@ def _is_message(value: object) -> bool:
 
 def _is_unicode(text: str) -> bool:
     """Whether a string has no lone surrogate, which JSON escapes can make and no tokenizer takes."""
-    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -10,11 +10,13 @@ inode do.
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import current_process
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -27,6 +29,10 @@ from ..models.files import flush, temporary_folder
 NAME = "tokenized"
 SMALL = 1 << 20
 """Bytes of a data file below which its rows are not kept on disk: they are read in a fraction of a second."""
+LARGE = 4 << 20
+"""Bytes of a data file from which several processes tokenize: some seconds of one."""
+MOST_WORKERS = 16
+"""Processes that one reader can keep busy: it takes their rows out of JSON, which is a twentieth of the work."""
 TOLD = 32 << 20
 """Bytes of a data file from which its reading, of half a minute or more, is told."""
 _LIBRARIES = ("tokenizers", "transformers", "sentencepiece", "tiktoken", "jinja2")
@@ -74,7 +80,7 @@ class RowCache:
         """
         key = self._key(source)
         if key is None:
-            return load_dataset(source)
+            return _read(source)
         self.used.add(key)
         rows = self._open_sets.get((key, source.path))
         if rows is None:
@@ -127,7 +133,7 @@ class RowCache:
         if rows is not None:
             return rows
         if not self._write or not self._is_kept(source):
-            return load_dataset(source)
+            return _read(source)
         with self._lock(key, wait=True):
             rows = self._mapped(key, source)
             return self._make(key, source) if rows is None else rows
@@ -153,7 +159,7 @@ class RowCache:
         size = source.path.stat().st_size
         if size >= TOLD and self._say is not None:
             self._say(f"rank {self._rank} reads {source.path} ({size / 1e6:.0f} MB)")
-        rows = load_dataset(source)
+        rows = _read(source)
         if self._key(source) != key:  # it changed while it was read
             return rows
         target, failure = self.folder / key, None
@@ -222,6 +228,16 @@ class RowCache:
         except (OSError, ValueError):  # what is missing is told when it is read
             return None
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _read(source: DataSource) -> JobDataset:
+    """Read a data file, a large one with a quarter of the machine's processors: other ranks may read others."""
+    workers = min(MOST_WORKERS, len(os.sched_getaffinity(0)) // 4)
+    try:
+        large = source.path.stat().st_size >= LARGE
+    except OSError:  # what is missing is told when it is read
+        large = False
+    return load_dataset(source, workers=workers if large and workers > 1 and not current_process().daemon else 1)
 
 
 def _stamp(path: Path) -> tuple[int, int, int, int]:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -229,3 +230,17 @@ def test_generated_files_load_or_are_refused_in_one_line(tmp_path: Path) -> None
     # How many of each depends on the constants of whatever modules are loaded, which Hypothesis draws from: 21 to 40.
     assert seen.count("loaded") >= 10
     assert seen.count("refused") >= 100
+
+
+def test_a_template_that_writes_the_date_writes_that_of_the_data_file(model: Path) -> None:
+    """Rows must be the same on every rank and at every start, also over midnight."""
+    path = write_rows(model.parent / "rows.jsonl", [{"messages": [{"role": "assistant", "content": "a"}]}])
+    os.utime(path, (1_732_492_799, 1_732_492_799))  # 24 November 2024, 23:59:59 UTC
+    source = DataSource(
+        path=path,
+        key="k",
+        model=model,
+        vocab_size=VOCABULARY,
+        chat_template="{{ strftime_now('%d %b %Y') }}{% generation %}{{ messages[0]['content'] }}{% endgeneration %}",
+    )
+    assert tokens(load_dataset(source)) == (byte_ids("24 Nov 2024a"), byte_ids("a"))

@@ -24,7 +24,7 @@ def reads(monkeypatch) -> list[str]:
     """Files that are read, by name; all of them count as large."""
     read: list[str] = []
 
-    def load(source):
+    def load(source, **_):
         read.append(source.path.name)
         return load_dataset(source)
 
@@ -149,7 +149,7 @@ def test_other_code_or_libraries_make_rows_anew_and_code_of_a_tokenizer_keeps_th
 def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path, monkeypatch):
     source = make(tmp_path)
 
-    def load(source):
+    def load(source, **_):
         rows = load_dataset(source)
         write_rows(source.path, CHAT[:1])
         return rows
@@ -195,7 +195,7 @@ def test_where_nothing_can_be_written_rows_are_in_memory_and_the_reason_is_known
 def test_a_file_is_read_by_one_process_while_others_wait(tmp_path, reads, monkeypatch):
     source, begun, go_on = make(tmp_path), threading.Event(), threading.Event()
 
-    def load(source):
+    def load(source, **_):
         reads.append("slow")
         begun.set()
         assert go_on.wait(10)
@@ -237,7 +237,7 @@ def test_without_locks_all_read_the_first_ones_rows_stay_and_nothing_is_told(tmp
 
     monkeypatch.setattr(row_cache.fcntl, "flock", refuse)
 
-    def load(source):
+    def load(source, **_):
         rows = load_dataset(source)
         if not list(kept.glob("*/")):  # another process is faster
             other.load(source)
@@ -303,3 +303,20 @@ def test_bad_input_leaves_nothing_behind(tmp_path, monkeypatch):
     prepared = prepare(run)
     assert len(list((run.checkpoint.save / "tokenized").glob("*/"))) == 2
     assert prepared.rows.used == {path.name for path in (run.checkpoint.save / "tokenized").glob("*/")}
+
+
+@pytest.mark.parametrize(("processors", "workers"), [(2, 1), (7, 1), (8, 2), (32, 8), (256, 16)])
+def test_large_files_are_read_by_a_quarter_of_the_processors(tmp_path, monkeypatch, processors, workers):
+    source, given = make(tmp_path), []
+    monkeypatch.setattr(row_cache.os, "sched_getaffinity", lambda _: range(processors))
+
+    def load(source, *, workers):
+        given.append(workers)
+        return load_dataset(source)
+
+    monkeypatch.setattr(row_cache, "load_dataset", load)
+    RowCache(None).load(source)
+    monkeypatch.setattr(row_cache, "LARGE", 0)
+    RowCache(None).load(source)
+    RowCache(tmp_path / "kept").load(source)
+    assert given == [1, workers, workers]
