@@ -1,7 +1,9 @@
 """The tokenized rows of one job, packed into three flat arrays."""
 
+import hashlib
 import json
 from array import array
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +51,7 @@ class JobDataset:
         """Write what `open` maps into an existing folder."""
         for name, values in (("ids", self._ids), ("labels", self._labels), ("offsets", self._offsets)):
             np.save(folder / f"{name}.npy", values)
-        (folder / "rows.json").write_text(json.dumps({"truncated": self.rows_truncated}))
+        (folder / "rows.json").write_text(json.dumps({"truncated": self.rows_truncated, "digest": self.digest}))
 
     @classmethod
     def open(cls, folder: Path, path: Path) -> "JobDataset":
@@ -68,8 +70,18 @@ class JobDataset:
         whole = ids.dtype == np.int32 and labels.dtype == np.bool_ and offsets.dtype == np.int64
         if not whole or not len(ids) == len(labels) == offsets[-1]:
             raise ValueError(f"{folder} is not whole")
-        truncated = json.loads((folder / "rows.json").read_text())["truncated"]
-        return cls(path=path, ids=ids, labels=labels, offsets=offsets, rows_truncated=int(truncated))
+        told = json.loads((folder / "rows.json").read_text())
+        rows = cls(path=path, ids=ids, labels=labels, offsets=offsets, rows_truncated=int(told["truncated"]))
+        rows.__dict__["digest"] = str(told["digest"])
+        return rows
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all rows and labels: two data sets with the same one train the same."""
+        digest = hashlib.sha256()
+        for values in (self._offsets, self._ids, self._labels):
+            digest.update(np.ascontiguousarray(values).data)
+        return digest.hexdigest()
 
     @property
     def rows_without_labels(self) -> int:

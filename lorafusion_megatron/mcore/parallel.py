@@ -45,6 +45,11 @@ class Groups:
         """Whether this rank writes files and talks to the terminal."""
         return dist.get_rank() == 0
 
+    @property
+    def size(self) -> int:
+        """Ranks of the run."""
+        return dist.get_world_size()
+
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value on every rank."""
         box = [value]

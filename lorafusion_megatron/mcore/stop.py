@@ -49,6 +49,11 @@ class StopVote:
         """Whether somebody wished to stop, asked after the window; every rank calls it."""
         if self._vote is not None:
             self._vote[1].wait()
-        flag = torch.tensor([int(self._wished() or self.position is not None)], dtype=torch.int32)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._groups.votes)
-        return bool(flag.item())
+        return anyone(self._groups, wished=self._wished() or self.position is not None)
+
+
+def anyone(groups: Groups, *, wished: bool) -> bool:
+    """Whether any rank wishes to stop, asked while the pipeline is empty; every rank calls it."""
+    flag = torch.tensor([int(wished)], dtype=torch.int32)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=groups.votes)
+    return bool(flag.item())

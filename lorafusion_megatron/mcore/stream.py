@@ -164,16 +164,20 @@ class StreamRunner:
 
     @torch.no_grad()
     def evaluate(
-        self, batches: Callable[[], Iterator[DeviceBatch]], rows: Sequence[int], token_capacity: int
-    ) -> dict[int, torch.Tensor]:
-        """Forward only: per job the sum of its weighted cross-entropy on this rank (last stage; else nothing).
+        self,
+        batches: Callable[[], Iterator[DeviceBatch]],
+        rows: Sequence[int],
+        token_capacity: int,
+        sums: dict[int, torch.Tensor],
+    ) -> None:
+        """Forward only: add each job's weighted cross-entropy on this rank (last stage; else nothing).
 
         Args:
             batches: makes an iterator over this replica's microbatches; called once a model chunk.
             rows: of each of them.
             token_capacity: rows of the largest.
+            sums: job -> its sum so far.
         """
-        sums: dict[int, torch.Tensor] = {}
 
         def forward_step(iterator: Iterator[DeviceBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             batch = next(iterator)
@@ -202,7 +206,6 @@ class StreamRunner:
             forward_only=True,
             **self._planned(rows.__getitem__, len(rows), None),
         )
-        return sums
 
 
 def _process_groups() -> ProcessGroupCollection:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -58,6 +58,11 @@ class WindowResult:
     stopped: float = 0.0
     cut: int | None = None
     """First position that did not count, where the ranks agreed to stop in this window."""
+
+    def earlier(self, seconds: float) -> "WindowResult":
+        """The same with all times ``seconds`` earlier, by another clock."""
+        spans = [replace(span, start=span.start - seconds, stop=span.stop - seconds) for span in self.spans]
+        return replace(self, spans=spans, started=self.started - seconds, stopped=self.stopped - seconds)
 
     @property
     def busy_seconds(self) -> float:

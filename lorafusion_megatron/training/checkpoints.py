@@ -44,6 +44,8 @@ class CheckpointWriter:
         self._written: dict[int, int] = {}
         """Job -> step of the adapter that was written last by this process."""
         self.last_state: str | None = None
+        self.state_failed = False
+        """Whether the newest checkpoint could not be written (rank 0; the saving thread must be idle)."""
 
     def adapter(self, job: int, step: int, factors: Factors, best: bool) -> None:
         """Write a job's adapter and its losses up to ``step``."""
@@ -105,7 +107,9 @@ class CheckpointWriter:
             if schedule is not None and inside:
                 writer.schedule(schedule)
             self.last_state = str(writer.commit(self._manifest(item.where, inside, counters)))
+            self.state_failed = False
         except OSError as error:
+            self.state_failed = True
             if writer is not None:
                 writer.discard()
             kept = self.last_state or "none"
@@ -122,9 +126,10 @@ class CheckpointWriter:
     def _manifest(self, where: PlanPosition, inside: bool, counters: Mapping[int, StepCounters]) -> dict[str, Any]:
         jobs = []
         for index, (status, reason) in where.statuses.items():
-            record, known = self._jobs[index].record(), counters.get(index)
+            evals = where.evals.get(index)
+            record, known = self._jobs[index].record(evals=evals), counters.get(index)
             if known is not None:
-                record = self._jobs[index].record(known.applied, status=status, reason=reason)
+                record = self._jobs[index].record(known.applied, status=status, reason=reason, evals=evals)
                 if known.stopped:
                     record |= {"status": "stopped", "reason": "its gradient was not finite"}
             jobs.append({**record, "counters": asdict(known) if known else None})

@@ -55,6 +55,7 @@ def check_dataset(
     *,
     padding_multiple: int = 1,
     section: str = "dataset",
+    key: str | None = None,
 ) -> list[str]:
     """Check the rows of a job against its run and its base model.
 
@@ -65,6 +66,7 @@ def check_dataset(
         dataset: the job's rows.
         padding_multiple: rows that the LoRA backend pads to.
         section: ``dataset``, or ``eval`` for the validation rows.
+        key: the job's place, for messages; None: that in ``run.jobs``.
 
     Returns:
         Notes: rows that train nothing, were cut, or come more than once in a batch.
@@ -72,7 +74,8 @@ def check_dataset(
     Raises:
         UserError: a row is longer than a microbatch or than the model reaches, or the warmup is longer than the job.
     """
-    job, key = run.jobs[job_index], f"jobs[{job_index}].{section}.path"
+    job, job_key = run.jobs[job_index], key or f"jobs[{job_index}]"
+    key = f"{job_key}.{section}.path"
     longest = int(dataset.lengths.max())
     capacity = run.runtime.token_capacity
     limits = [(spec.max_position_embeddings, "the model's max_position_embeddings is")]
@@ -96,7 +99,7 @@ def check_dataset(
     if dataset.rows_truncated:
         notes.append(f"{job.name}: {dataset.rows_truncated} rows of {dataset.path} were cut to max_length")
     if section == "dataset":
-        job.check_warmup(job.train.num_steps(len(dataset)), key=f"jobs[{job_index}]")
+        job.check_warmup(job.train.num_steps(len(dataset)), key=job_key)
         if job.train.global_batch_size > len(dataset):
             notes.append(
                 f"{job.name}: a global batch of {job.train.global_batch_size} takes some of the {len(dataset)} rows "

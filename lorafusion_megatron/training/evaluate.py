@@ -1,6 +1,7 @@
 """Validation of the jobs that are due: forward only, all due jobs packed together, weighted by label tokens."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,55 @@ import torch.distributed as dist
 
 from ..data.dataset import JobDataset
 from ..mcore.parallel import Groups
+from ..mcore.stop import anyone
+from ..mcore.stream import DeviceBatch, StreamRunner
 from ..scheduler.build import PlanOptions, build_schedule
-from ..types import GlobalBatch, Sample, Schedule
+from ..types import GlobalBatch, Microbatch, Sample, Schedule
+from .batches import BatchMaker
+from .prefetch import prefetch
+
+PIECE = 16
+"""Microbatches of a stage between two questions whether to stop: some seconds, and a few per cent spent on filling."""
+
+
+class Validator:
+    """Validates jobs on all ranks, a piece at a time, so that a stop need not wait for all of it.
+
+    Args:
+        runner: of this rank's model.
+        batches: makes its microbatches.
+        groups: this rank's groups.
+        options: what windows are planned for.
+    """
+
+    def __init__(self, runner: StreamRunner, batches: BatchMaker, groups: Groups, options: PlanOptions) -> None:
+        self._runner, self._batches, self._groups, self._options = runner, batches, groups, options
+
+    def losses(self, datasets: Mapping[int, JobDataset], wished: Callable[[], bool]) -> dict[int, float] | None:
+        """The loss per label token of jobs on their validation rows, the same on every rank.
+
+        Args:
+            datasets: job -> its validation rows.
+            wished: whether this rank wishes to stop.
+
+        Returns:
+            Job -> loss; None where a rank wished to stop: then nothing was validated.
+        """
+        groups = self._groups
+        schedule = groups.broadcast(plan_evaluation(datasets, self._options) if groups.is_first else None)
+        mine, sums = schedule.replicas[groups.dp_rank], {}
+        piece = PIECE * groups.pp_size  # whole groups of an interleaved schedule
+        for start in range(0, schedule.num_microbatches, piece):
+            if anyone(groups, wished=wished()):
+                return None
+            part = mine[start : start + piece]
+            self._runner.evaluate(
+                partial(self._prefetched, part, datasets), self._batches.rows(part), schedule.token_capacity, sums
+            )
+        return mean_losses(sums, sorted(datasets), groups)
+
+    def _prefetched(self, part: Sequence[Microbatch], datasets: Mapping[int, JobDataset]) -> Iterator[DeviceBatch]:
+        return prefetch(self._batches.validation(part, datasets), self._groups.device)
 
 
 def plan_evaluation(datasets: Mapping[int, JobDataset], options: PlanOptions) -> Schedule:

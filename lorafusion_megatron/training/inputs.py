@@ -74,7 +74,9 @@ def load_inputs(run: RunConfig, rows: RowCache, *, padding_multiple: int = 1) ->
     return Inputs(spec=spec, datasets=datasets, eval_datasets=eval_datasets, notes=tuple(notes))
 
 
-def load_rows(run: RunConfig, job_index: int, part: Part, rows: RowCache, *, vocab_size: int) -> JobDataset | None:
+def load_rows(
+    run: RunConfig, job_index: int, part: Part, rows: RowCache, *, vocab_size: int, key: str | None = None
+) -> JobDataset | None:
     """The training or validation rows of a job; None where it has none for validation.
 
     Args:
@@ -83,11 +85,12 @@ def load_rows(run: RunConfig, job_index: int, part: Part, rows: RowCache, *, voc
         part: "dataset" or "eval", whose ``path`` names them.
         rows: where they are kept.
         vocab_size: of the base model: ids must lie below it.
+        key: the job's place, for messages; None: that in ``run.jobs``.
 
     Raises:
         UserError: whatever is wrong with the file, a row or the tokenizer.
     """
-    source = _source(run, job_index, part, vocab_size)
+    source = _source(run, job_index, part, vocab_size, key)
     return None if source is None else rows.load(source)
 
 
@@ -104,8 +107,8 @@ def job_batches(run: RunConfig, job_index: int, dataset: JobDataset) -> GlobalBa
     )
 
 
-def _source(run: RunConfig, job_index: int, part: Part, vocab_size: int) -> DataSource | None:
-    job, key = run.jobs[job_index], f"jobs[{job_index}]"
+def _source(run: RunConfig, job_index: int, part: Part, vocab_size: int, key: str | None = None) -> DataSource | None:
+    job, key = run.jobs[job_index], key or f"jobs[{job_index}]"
     path = job.dataset.path if part == "dataset" else job.eval.path
     if path is None:
         return None

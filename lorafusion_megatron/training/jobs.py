@@ -49,10 +49,19 @@ class Job:
         """Whether it still has steps to train."""
         return self.status in LIVE
 
+    def let_go(self) -> None:
+        """Give its data back."""
+        self.dataset = self.source = self.eval_dataset = None
+
     def eval_due(self) -> bool:
-        """Whether its adapter, as it is now, is to be validated and was not yet."""
+        """Whether its adapter, as it is now, is to be validated and was not yet.
+
+        That of a job that has done all its steps is, also where a stop came between its last step and that.
+        """
         every = self.config.eval.interval
         if self.config.eval.path is None or every is None or self.applied == 0:
+            return False
+        if not (self.live or (self.status == "finished" and not self.reason)):
             return False
         return (self.applied % every == 0 or self.applied == self.num_steps) and (
             not self.evals or self.evals[-1][0] < self.applied
@@ -73,8 +82,10 @@ class Job:
             return False
         return len([e for e in self.evals if e[0] > best[0]]) >= patience
 
-    def record(self, applied: int | None = None, *, status: str = "", reason: str = "") -> dict[str, Any]:
-        """What a checkpoint says of it: now, or as it was after ``applied`` steps with that status."""
+    def record(
+        self, applied: int | None = None, *, status: str = "", reason: str = "", evals: int | None = None
+    ) -> dict[str, Any]:
+        """What a checkpoint says of it: now, or as it was after ``applied`` steps and ``evals`` validations."""
         steps = self.applied if applied is None else applied
         status, reason = (status, reason) if status else (self.status, self.reason)
         if status in LIVE and steps >= self.num_steps:
@@ -87,7 +98,7 @@ class Job:
             "num_steps": self.num_steps,
             "applied": steps,
             "losses": self.losses[:steps],
-            "evals": [list(e) for e in self.evals if e[0] <= steps],
+            "evals": [list(e) for e in self.evals[:evals] if e[0] <= steps],
             "added": self.added,
             "config": plain(self.config),
         }

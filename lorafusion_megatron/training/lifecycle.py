@@ -23,6 +23,8 @@ OPERATIONS = {"pause": ("running",), "resume": ("paused",), "cancel": ("running"
 """What a request may do to a job, and the statuses that a job can have then."""
 
 
+type Request = tuple[str | int, ...]
+"""What tells a request from another whose file has its name: that name, times of change and of its entry, inode."""
 Check = Callable[[JobConfig], bool]
 """Whether a new job was found good; False where that is not known yet. Raises `UserError` where it can't be trained."""
 
@@ -47,14 +49,16 @@ class Inbox:
     ) -> None:
         self.folder, self._note = folder, note
         self._log = folder / "events.jsonl"
-        self._put_aside: set[tuple[str, int]] = set()
-        """Requests, by file name and time, that are answered but whose file could not be moved away."""
+        self._put_aside: set[Request] = set()
+        """Requests that are answered but whose file could not be moved away."""
         self._log_read = True
         events = self._recorded()
         self._taken = {tuple(event["request"]) for event in events if "request" in event}
         before = [event["id"] for event in events if event["window"] <= held_window]
         self.carried_out: set[int] = set(before if carried_out is None else carried_out)
         """Ids of all decisions that took effect."""
+        self._seen: set[Request] = set()
+        """Requests that the last `decide` met."""
         self.waits = False
         """Whether the last `decide` left a request because its check goes on."""
 
@@ -79,7 +83,9 @@ class Inbox:
                 continue
             now[event["name"]] = _after(event["op"])
             events.append(event)
-        for file, request in self._requests():
+        requests = self._requests()
+        self._seen = {request for _, request in requests}
+        for file, request in requests:
             event = self._answer(file, request, window, now, check)
             if event is not None:
                 self.carried_out.add(event["id"])
@@ -87,8 +93,12 @@ class Inbox:
                 events.append(event)
         return events
 
+    def unanswered(self, *, new: bool = False) -> list[str]:
+        """Names of the files that wait; ``new``: those that have come since the last `decide`."""
+        return [file.name for file, request in self._requests() if not (new and request in self._seen)]
+
     def _answer(
-        self, file: Path, request: tuple[str, int], window: int, statuses: Mapping[str, str], check: Check
+        self, file: Path, request: Request, window: int, statuses: Mapping[str, str], check: Check
     ) -> dict[str, Any] | None:
         """Record what a request asks for, or refuse it; None where nothing is to be done now."""
         if request in self._taken:  # a kill came between its record and its removal
@@ -115,7 +125,7 @@ class Inbox:
         self._move(file, request)
         return event
 
-    def _move(self, file: Path, request: tuple[str, int], target: Path | None = None) -> None:
+    def _move(self, file: Path, request: Request, target: Path | None = None) -> None:
         """Remove an answered request, or rename it; where that fails it is not looked at again."""
         try:
             if target is None:
@@ -128,13 +138,14 @@ class Inbox:
             self._put_aside.add(request)
             self._note(f"request {file.name} is answered but can't be moved away ({error})")
 
-    def _requests(self) -> list[tuple[Path, tuple[str, int]]]:
+    def _requests(self) -> list[tuple[Path, Request]]:
         """Files that wait, oldest first, each with what tells it from another of its name."""
         found = []
         try:
             for path in (self.folder / "inbox").iterdir():
                 if path.suffix in (".yaml", ".yml") and path.name[0] != "." and path.is_file():
-                    found.append((path, (path.name, path.stat().st_mtime_ns)))
+                    status = path.stat()
+                    found.append((path, (path.name, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)))
         except OSError:  # there is none, one was withdrawn, or the file system hangs: at the next window
             return []
         return sorted((entry for entry in found if entry[1] not in self._put_aside), key=lambda e: (e[1][1], e[1][0]))

@@ -1,5 +1,6 @@
 """One run a folder: a second one would mix its checkpoints, adapters and metrics with the first's."""
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -56,9 +57,10 @@ def lock_folder(folder: Path, note: Callable[[str], None]) -> UserError | None:
                 key="checkpoint.save",
             )
         note(f"{path.parent} has no file locks ({error}): a second run there would not be noticed")
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-    file.flush()
+    with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
     _held[path] = file
     return None
 

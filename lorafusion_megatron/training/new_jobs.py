@@ -5,7 +5,7 @@ Its rows are in the run's `row_cache` then, from which all ranks take them.
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import current_process, get_context
 from multiprocessing.connection import Connection
@@ -18,6 +18,7 @@ from ..types import ModelSpec
 from .checks import check_dataset, check_run
 from .initial import check_initial_adapters
 from .inputs import PARTS, load_rows, row_cache
+from .memory import predict_run_memory
 
 LARGE = 8 << 20
 """Bytes of a job's data up to which it is checked on the spot: about a second, in which all ranks wait."""
@@ -95,10 +96,8 @@ class NewJobs:
         answer, asked = self._receive(), self._job
         if asked != job:  # withdrawn or changed since
             return self.check(job)
-        if isinstance(answer, UserError):
+        if answer is not None:
             raise answer
-        if answer is not True:  # the process died: once more, here, where its reason shows
-            new.check()
         return True
 
     def close(self) -> None:
@@ -116,18 +115,56 @@ class NewJobs:
         self._job = job
         theirs.close()
 
-    def _receive(self) -> object:
-        """The process's answer; None where it has died."""
+    def _receive(self) -> UserError | None:
+        """What the process found wrong, its own death included: here, all ranks would wait and the next one die."""
         assert self._answer is not None
         assert self._process is not None
         try:
-            answer: object = self._answer.recv()
+            answer: UserError | None = self._answer.recv()
         except (OSError, EOFError):
-            answer = None
+            self._process.join()
+            answer = UserError(
+                f"the process that read its data ended with {self._process.exitcode} (-9: perhaps memory is short)",
+                rule="a job's data is read once before it joins",
+                remedy="add it again, or split its data",
+                key="dataset.path",
+            )
         self._answer.close()
         self._process.join()
         self._process = None
         return answer
+
+
+def check_room(
+    run: RunConfig,
+    spec: ModelSpec,
+    layers_per_chunk: Sequence[int],
+    mounted: Sequence[JobConfig],
+    new: JobConfig,
+    room: int,
+) -> None:
+    """Refuse a job with which a stage would not fit into its GPU, and the run would end for all jobs.
+
+    Args:
+        run: the run.
+        spec: its base model.
+        layers_per_chunk: of the model.
+        mounted: jobs whose adapters are on the model.
+        new: the job.
+        room: bytes of a GPU.
+
+    Raises:
+        UserError: the predicted peak is more than that.
+    """
+    predicted = predict_run_memory(replace(run, jobs=(*mounted, new)), spec, layers_per_chunk)
+    stage = max(range(len(predicted)), key=lambda stage: predicted[stage].total)
+    if predicted[stage].total > room:
+        raise UserError(
+            f"with it stage {stage} would take {predicted[stage].total / 2**30:.1f} GiB",
+            rule=f"its GPU has {room / 2**30:.1f} GiB",
+            remedy="add it when another job has ended, or with a smaller rank",
+            key="peft.r",
+        )
 
 
 def _check(answer: Connection, new: NewJob) -> None:
@@ -137,5 +174,11 @@ def _check(answer: Connection, new: NewJob) -> None:
         new.check()
     except UserError as error:
         answer.send(error)
-        return
-    answer.send(True)
+    except Exception as error:  # whatever it is, the run must hear of it
+        answer.send(
+            UserError(
+                f"{type(error).__name__}: {error}", rule="its data can be read", remedy="see the data", key="dataset"
+            )
+        )
+    else:
+        answer.send(None)

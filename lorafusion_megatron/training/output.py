@@ -15,6 +15,8 @@ from .printing import Printer
 
 KEPT_BYTES = 10_000_000
 """Lines of metrics.jsonl that wait for a disk to have room again, about 30,000."""
+RETRY_SECONDS = 5.0
+"""Between two tries to write a metrics.jsonl that could not be written: it may have to be read and trimmed first."""
 
 
 def strict_json(value: Any) -> str:
@@ -35,11 +37,16 @@ def _finite(value: Any) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file atomically: a reader sees the old one or the new one, whole; see `strict_json`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, strict_json(value))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a file atomically; nothing else is left where that fails."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("w") as file:
-            file.write(strict_json(value))
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -52,7 +59,7 @@ def write_json(path: Path, value: Any) -> None:
 class MetricsLog:
     """``metrics.jsonl``: one line per optimizer step of any job, written as it happens; see `strict_json`.
 
-    A file that can't be written is told once and tried again at each step; until then the lines wait in memory.
+    A file that can't be written is told once and tried again every few seconds; until then the lines wait in memory.
 
     Args:
         folder: the run's folder.
@@ -66,6 +73,8 @@ class MetricsLog:
         self._note = note or Printer().line
         self._file: io.FileIO | None = None
         self._trimmed = self._failed = False
+        self._again = 0.0
+        """When a file that could not be written is tried again, by `time.monotonic`."""
         self._waiting = bytearray()
         self._lost = 0
         self._write()
@@ -94,10 +103,13 @@ class MetricsLog:
 
     def close(self) -> None:
         """Write what waits, if that can be, and close the file."""
+        self._again = 0.0
         self._write()
         self._close_file()
 
     def _write(self) -> None:
+        if time.monotonic() < self._again:
+            return
         try:
             self._file = self._file or self._open()
             while self._waiting:  # without a buffer: what was written is known, so no line is torn or written twice
@@ -106,7 +118,7 @@ class MetricsLog:
             self._close_file()
             if not self._failed:
                 self._note(f"metrics.jsonl could not be written ({error}); the run goes on")
-            self._failed = True
+            self._failed, self._again = True, time.monotonic() + RETRY_SECONDS
             return
         if self._failed:
             lost = f"; the lines of {self._lost} steps are lost" if self._lost else ""
@@ -116,10 +128,10 @@ class MetricsLog:
     def _open(self) -> io.FileIO:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if not self._trimmed and self._path.exists():
-            lines = self._path.read_text(errors="replace").splitlines()
-            temporary = self._path.with_name(".metrics.jsonl")
-            temporary.write_text("".join(line + "\n" for line in lines if _step_was_done(line, self._applied)))
-            temporary.replace(self._path)
+            text = self._path.read_text(errors="replace")
+            kept = "".join(line + "\n" for line in text.splitlines() if _step_was_done(line, self._applied))
+            if kept != text:
+                replace_text(self._path, kept)
         self._trimmed = True
         return io.FileIO(self._path, "a")
 

@@ -1,6 +1,6 @@
 """The frozen model of a rank and the adapters that are mounted on it, one a slot."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,6 @@ from ..mcore.device_steps import make_steps
 from ..mcore.inject import inject
 from ..mcore.parallel import Groups
 from ..mcore.steps import AdapterSteps, StepCounters, StepRule
-from ..models.adapter import load_initial_adapter
 from ..models.load import load_base_weights
 from ..types import AdapterSpec
 from .adapters import from_peft
@@ -83,33 +82,43 @@ class AdapterRack:
         self.shards: dict[int, AdapterShard] = {}
         self._slots: dict[int, int] = {}
 
-    def mount(self, job: Job, adapter: AdapterSpec, state: Path | None, counters: StepCounters | None) -> None:
+    def mount(
+        self,
+        job: Job,
+        adapter: AdapterSpec,
+        *,
+        state: Path | None = None,
+        counters: StepCounters | None = None,
+        initial: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         """Give a job a slot and fresh buffers; fill them from a checkpoint, an initial adapter, or PEFT's start.
+
+        Where memory is short it raises, and nothing has changed.
 
         Args:
             job: the job; its slot is set.
             adapter: its adapter.
             state: checkpoint to take masters and moments from.
-            counters: the job's counts in that checkpoint.
+            counters: the job's counts in that checkpoint; None: it is not in it.
+            initial: the adapter that it starts from, by PEFT's keys.
         """
         assert job.index not in self.shards
         taken = set(self._slots.values())
-        job.slot = next(slot for slot in range(0, 2 * len(taken) + 2, 2) if slot not in taken)
+        slot = next(slot for slot in range(0, 2 * len(taken) + 2, 2) if slot not in taken)
         shard = AdapterShard(adapter, self._targets, dtype=self._dtype, device=self._groups.device)
         steps = make_steps(job.index, shard, self._rule(job), self._groups, chunks=len(self.chunks))
+        # Also of a new job: its moments take their place now, and not at its first step.
+        restored = steps.restore(counters or StepCounters(applied=0, optimizer_steps=0, bad_steps=0, stopped=False))
         if state is not None and counters is not None:
-            moments = dict(zip(("exp_avg", "exp_avg_sq"), steps.restore(counters), strict=True))
+            moments = dict(zip(("exp_avg", "exp_avg_sq"), restored, strict=True))
             for part, factors in load_job(state, job.name, shard.factor_keys()):
                 shard.load(factors, moments.get(part))
-        elif job.config.peft.init_from is not None:
-            tensors = load_initial_adapter(
-                job.config.peft.init_from, self._prepared.spec, adapter, key=f"jobs[{job.index}].peft.init_from"
-            )
-            shard.load(from_peft(tensors, adapter, self._prepared.spec))
-        shard.attach(job.slot)
-        shard.attach(job.slot + 1, dropout=False)
+        elif initial is not None:
+            shard.load(from_peft(initial, adapter, self._prepared.spec))
+        shard.attach(slot)
+        shard.attach(slot + 1, dropout=False)
         self.steps[job.index], self.shards[job.index] = steps, shard
-        self._slots[job.index] = job.slot
+        self._slots[job.index] = job.slot = slot
 
     def unmount(self, job: Job) -> None:
         """Free a job's slot and buffers."""

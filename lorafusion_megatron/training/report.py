@@ -28,6 +28,7 @@ class RunReport:
         jobs: all jobs by index.
         layers_per_chunk: of the model, in the data's order.
         spec: the base model.
+        seconds_ahead: of this rank's clock (`clock.seconds_ahead`).
     """
 
     def __init__(
@@ -38,7 +39,9 @@ class RunReport:
         jobs: Mapping[int, Job],
         layers_per_chunk: Sequence[int],
         spec: ModelSpec,
+        seconds_ahead: float = 0.0,
     ) -> None:
+        self._ahead = seconds_ahead
         self._folder, self._groups, self._progress, self._jobs = folder, groups, progress, jobs
         self._layers = layers_per_chunk
         self._spans: deque[dict[str, Any]] = deque(maxlen=KEPT_SPANS)
@@ -50,9 +53,20 @@ class RunReport:
         self.speed: dict[str, float] = {}
         """Of the last window: tokens per second and GPU, idle share, share of the GPU's matrix rate (rank 0)."""
 
-    def paused(self) -> None:
-        """The run ends: say how the jobs that are paused then can go on."""
+    def left_over(self, requests: Sequence[str]) -> None:
+        """The run ends: say which jobs were stopped, how those that are paused can go on, and what came too late.
+
+        Args:
+            requests: names of files that wait in the inbox.
+        """
+        if requests:
+            self._progress.note(
+                f"{', '.join(requests)} in {self._folder / 'inbox'} came too late: the next start of the same command "
+                "reads it"
+            )
         for job in self._jobs.values():
+            if job.status == "stopped":
+                self._progress.note(f"{job.name} is stopped at step {job.applied} of {job.num_steps}: {job.reason}")
             if job.status == "paused":
                 self._progress.note(
                     f"{job.name} is paused at step {job.applied} of {job.num_steps}: to go on, lorafusion-megatron job "
@@ -61,6 +75,7 @@ class RunReport:
 
     def window(self, schedule: Schedule, result: WindowResult) -> None:
         """A window ended: idle share of the stages' time in it, and its part of the timeline."""
+        result = result.earlier(self._ahead) if self._ahead else result
         mine = (self._groups.pp_rank, self._groups.dp_rank, self._groups.tp_rank, result)
         everyone = self._groups.gather(mine)
         if everyone is None:

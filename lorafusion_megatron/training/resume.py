@@ -15,7 +15,16 @@ from ..mcore.steps import StepCounters
 from ..models.adapter import CONFIG_FILE, WEIGHTS_FILE
 from ..types import AdapterSpec, ModelSpec, Schedule
 from .adapters import factor_shapes
-from .state import PARTS, decode_schedule, drop_unfinished, factor_key, newest_state, read_shapes, state_file
+from .state import (
+    PARTS,
+    decode_schedule,
+    drop_unfinished,
+    factor_key,
+    newest_state,
+    read_shapes,
+    set_damaged_aside,
+    state_file,
+)
 
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 RUN_OUTPUTS = ("state", "metrics.jsonl", "trace.json")
@@ -77,17 +86,12 @@ def find_resume(
         source: state folder to begin from; None: the run's own, where it resumes.
 
     Raises:
-        UserError: a job of the checkpoint has another adapter in the run file, or the base model another shape.
+        UserError: a job of the checkpoint has another adapter in the run file, the base model another shape, or there
+            are checkpoints but none that can be read.
     """
-    folder = run.checkpoint.save / "state"
-    found = None
-    if groups.is_first:
-        if source is not None or run.checkpoint.resume == "auto":
-            found = newest_state(source or folder, note)
-            drop_unfinished(folder, own=True)
-        if found is None:
-            _start_afresh(run, note)
-    found = groups.broadcast(found)
+    found = groups.broadcast(_look(run, note, source) if groups.is_first else None)
+    if isinstance(found, UserError):
+        raise found
     if found is None:
         return Resumed(run=run, records={})
     path, manifest = found
@@ -111,6 +115,31 @@ def find_resume(
         events=None if manifest.get("events") is None else tuple(manifest["events"]),
         schedule=decode_schedule(path) if fits else None,
     )
+
+
+def _look(
+    run: RunConfig, note: Callable[[str], None], source: Path | None
+) -> tuple[Path, dict[str, Any]] | UserError | None:
+    """The checkpoint to go on from; None after everything was made ready to begin anew."""
+    folder, found = run.checkpoint.save / "state", None
+    try:
+        if source is not None or run.checkpoint.resume == "auto":
+            found = newest_state(source or folder, note)
+        drop_unfinished(folder, own=True)
+        if found is None:
+            _start_afresh(run, note)
+        elif source is None:
+            set_damaged_aside(folder, found[0])
+    except UserError as error:
+        return error
+    except OSError as error:
+        return UserError(
+            f"{run.checkpoint.save} can't be written ({error})",
+            rule="the run is written there",
+            remedy="mend that, or choose another",
+            key="checkpoint.save",
+        )
+    return found
 
 
 def _merge_jobs(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 EXIT_UNSAVED = 73
-"""Exit status where a job's last adapter could not be written (EX_CANTCREAT of sysexits.h)."""
+"""Exit status where a job's last adapter, or the state at a stop, could not be written (EX_CANTCREAT of sysexits.h)."""
 EXIT_LOST = 1
 """Exit status where another rank does not answer; nothing is saved, since that takes all ranks."""
 
@@ -32,7 +32,8 @@ def train_run(run: RunConfig) -> int:
 
     Returns:
         0 when every job ended; `signals.EXIT_STOPPED` where a signal ended the run after its state was saved;
-        `EXIT_LOST` where another rank was lost; `EXIT_UNSAVED` where a last adapter could not be written.
+        `EXIT_LOST` where another rank was lost; `EXIT_UNSAVED` where a last adapter, or the state at a stop, could not
+        be written.
 
     Raises:
         UserError: the run can't start as it is; no process group was made and nothing was written.
@@ -68,7 +69,7 @@ def train_run(run: RunConfig) -> int:
         _note_memory(prepared, groups, progress)
         failed = False
         _note_end(trainer, stop, progress, done=done)
-        if trainer.unsaved:
+        if trainer.unsaved or (trainer.unsaved_state and not done):
             return EXIT_UNSAVED
     except (RuntimeError, ConnectionError) as error:
         reason = lost_rank(error)
@@ -90,7 +91,14 @@ def _note_end(trainer: "Trainer", stop: StopRequest, progress: Progress, *, done
     """Say how to go on where something is left to do."""
     if not done:
         who = f"by {stop.signal.name}" if stop.signal is not None else "on another rank's signal"
-        progress.note(f"stopped {who}; the state is saved: start the same command again to go on")
+        if trainer.unsaved_state:
+            kept = trainer.writer.last_state or "no checkpoint"
+            progress.note(
+                f"stopped {who}; the state could NOT be saved, for the reason told above: mend that and start the same "
+                f"command again, which goes on from {kept}"
+            )
+        else:
+            progress.note(f"stopped {who}; the state is saved: start the same command again to go on")
     if trainer.unsaved:
         progress.note(
             f"the last adapters of {', '.join(trainer.unsaved)} could not be saved, for the reason told above: mend "

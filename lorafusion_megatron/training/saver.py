@@ -34,6 +34,8 @@ class PlanPosition:
     """What the schedule was made for; a run of another shape makes its own."""
     statuses: Mapping[int, tuple[str, str]]
     """Job -> its status and the reason when the window began; jobs come and go between windows alone."""
+    evals: Mapping[int, int] = field(default_factory=dict)
+    """Job -> its validations so far. Later ones are made again: their best adapters may not be written yet."""
     events: tuple[int, ...] = ()
     """Decisions about jobs that had taken effect then, by id (rank 0)."""
 

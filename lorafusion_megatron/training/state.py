@@ -18,6 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from ..errors import UserError
 from ..mcore.gather import Factors
 from ..models.files import flush
 from ..models.tensors import save_tensors
@@ -83,15 +84,53 @@ def sequences(folder: Path) -> list[int]:
 
 
 def newest_state(folder: Path, note: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint and its manifest; says which ones it passed over and why."""
+    """The newest whole checkpoint and its manifest; None where there is no checkpoint.
+
+    Args:
+        folder: the state folder.
+        note: told which damaged ones are passed over and why.
+
+    Raises:
+        UserError: one can't be read at the moment or is of another version, or all are damaged: to begin anew then
+            would throw away what was trained, so it must be asked for.
+    """
+    damaged = 0
     for sequence in sequences(folder):
         path = folder / f"{sequence:08d}"
         try:
             return path, check_state(path)
-        except (OSError, ValueError, KeyError) as error:
+        except UserError:
+            raise
+        except (ValueError, KeyError, FileNotFoundError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             note(f"checkpoint {path} is passed over: {reason}")
+            damaged += 1
+        except OSError as error:
+            raise UserError(
+                f"{path} can't be read ({error})",
+                rule="a run goes on from its newest checkpoint",
+                remedy="start again when it can be, remove it to go on from the one before, or set checkpoint.resume: "
+                "never to begin anew",
+                key="checkpoint.save",
+            ) from None
+    if damaged:
+        raise UserError(
+            f"none of the {damaged} checkpoints in {folder} is whole",
+            rule="a run goes on from its newest checkpoint",
+            remedy="bring one back, or set checkpoint.resume: never to begin anew",
+            key="checkpoint.save",
+        )
     return None
+
+
+def set_damaged_aside(folder: Path, whole: Path) -> None:
+    """Rename the checkpoints that are newer than the newest whole one, so that none of them counts as kept."""
+    for sequence in sequences(folder):
+        path = folder / f"{sequence:08d}"
+        if path.name > whole.name:
+            aside = path.with_suffix(".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
 
 
 def check_state(path: Path) -> dict[str, Any]:
@@ -102,10 +141,18 @@ def check_state(path: Path) -> dict[str, Any]:
 
     Raises:
         ValueError, OSError, KeyError: what is wrong.
+        UserError: it is of another version.
     """
     manifest = json.loads((path / "manifest.json").read_text())
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"its format is not {FORMAT}")
+    if not isinstance(manifest, dict):
+        raise ValueError("manifest.json is no JSON object")
+    if manifest["format"] != FORMAT:
+        raise UserError(
+            f"{path} has format {manifest['format']}",
+            rule=f"this version of lorafusion_megatron reads format {FORMAT}",
+            remedy="go on with the version that wrote it, or set checkpoint.resume: never to begin anew",
+            key="checkpoint.save",
+        )
     for name, seal in manifest["files"].items():
         file = path / name
         if file.parent != path:

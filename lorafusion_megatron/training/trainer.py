@@ -5,24 +5,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..config.build import Builder
-from ..config.job import JobConfig
 from ..config.run import RunConfig
+from ..mcore.clock import seconds_ahead
 from ..mcore.parallel import Groups
 from ..mcore.rehearsal import rehearse
-from ..mcore.stop import StopVote
+from ..mcore.stop import StopVote, anyone
 from ..mcore.stream import StreamRunner
 from ..scheduler.trim import trim_schedule
 from ..types import Schedule, StepReport
 from .batches import BatchMaker
 from .checkpoints import CheckpointWriter
-from .evaluate import mean_losses, plan_evaluation
+from .decisions import Decisions
+from .evaluate import Validator
 from .garbage import Collector
 from .jobs import Job
 from .lifecycle import Inbox
 from .lock import lock_folder, unlock_folder
 from .loggers import Loggers
-from .new_jobs import NewJobs
 from .next_window import NextWindow
 from .output import MetricsLog
 from .prefetch import prefetch
@@ -72,22 +71,31 @@ class Trainer:
         """Whether the ranks agreed to stop; the state is saved then."""
         self.unsaved: list[str] = []
         """Ended jobs whose last adapter could not be written yet; they stay on the model."""
+        self.unsaved_state = False
+        """Whether the last checkpoint could not be written."""
         self._rehearsed = False
         self._unsaved_steps = 0
         """Steps of all jobs since the last checkpoint."""
         resumed = find_resume(prepared.run, prepared.spec, groups, self._shape(), progress.note, source=resume_from)
         self.window, self._left = resumed.window, resumed.schedule
         self.roster = Roster(prepared, groups, self.rack, resumed, progress.note)
-        if self._left is not None and not self.roster.still_plans(self._left):
+        if self._left is not None and not self.roster.still_plans(self._rest(self._left)):
             progress.note("data, order or length of a job changed: the rest of its window is planned anew")
             self.window, self._left = self.window + 1, None
-        self.report = RunReport(self.folder, groups, progress, self.jobs, prepared.layers_per_chunk, prepared.spec)
+        self.report = RunReport(
+            self.folder,
+            groups,
+            progress,
+            self.jobs,
+            prepared.layers_per_chunk,
+            prepared.spec,
+            seconds_ahead(groups),
+        )
         self.metrics = MetricsLog(self.folder, resumed.applied_by_name(), progress.note) if groups.is_first else None
         self.loggers = (
             Loggers(self.run, resumed=resumed.path is not None, note=progress.note) if groups.is_first else None
         )
         self.inbox = Inbox(self.folder, progress.note, carried_out=resumed.events, held_window=resumed.held_window)
-        self.new_jobs = NewJobs(prepared.run, prepared.spec, prepared.padding_multiple, progress.note)
         self.writer = CheckpointWriter(
             self.folder,
             self.jobs,
@@ -101,8 +109,10 @@ class Trainer:
         )
         self.writer.last_state = str(resumed.path) if resumed.path else None
         self.saver = Saver(groups, write_adapter=self.writer.adapter, write_state=self.writer.state)
+        self.decisions = Decisions(prepared, groups, self.roster, self.rack, self.inbox, self.saver, progress.note)
         self.next_window = NextWindow(prepared, groups, self.roster, progress.note)
         self.batches = BatchMaker(prepared, groups, self.roster)
+        self.validator = Validator(self.runner, self.batches, groups, prepared.plan_options)
         self.collector = Collector(active=groups.device.type == "cuda")
         self._report_status("running")
 
@@ -129,10 +139,15 @@ class Trainer:
 
     def advance(self) -> bool:
         """Run the next window; False where no job is left to train."""
-        released = self._left is None and self._between_windows()
-        schedule = self._left or self.next_window.plan()
-        if schedule is None:
-            return False
+        while True:
+            released = self._left is None and self._between_windows()
+            schedule = None if self.stopped else self._left or self.next_window.plan()
+            if schedule is not None:
+                break
+            # Their last adapters may have taken a while to write.
+            asked = self.groups.broadcast(self.inbox.unanswered(new=True) if self.groups.is_first else None)
+            if self.stopped or not asked:
+                return False
         self.collector.before_window(released=released)
         self.stopped = self._run_window(schedule)
         return True
@@ -151,8 +166,9 @@ class Trainer:
         """Wait until everything is written, and end. ``complete``: whether every job ended."""
         if complete:
             self._release()
-            self.report.paused()
+            self.report.left_over(self.inbox.unanswered() if self.groups.is_first else [])
         self.checkpoint()
+        self.unsaved_state = self.groups.broadcast(self.writer.state_failed)
         self.saver.finish()
         self._close(not complete)
 
@@ -162,17 +178,16 @@ class Trainer:
         """Run one window, or what a resume left of it; True where the ranks agreed to stop."""
         applied = {index: steps.applied for index, steps in self.rack.steps.items()}
         self._left = None
-        pipeline = self.prepared.topology.pipeline_parallel
-        chunks = len(self.rack.chunks)
-        rest = trim_schedule(schedule, self._all_applied(), multiple=pipeline if chunks > 1 else 1)
+        rest = self._rest(schedule)
         if not rest.num_microbatches:
             self.window += 1
             return False
         where = self._position(schedule)
         skipped = schedule.num_microbatches - rest.num_microbatches
-        interval = self._save_interval()
         num_steps = {index: job.num_steps for index, job in self.jobs.items()}
-        items, self._unsaved_steps = plan_saves(rest, applied, num_steps, interval, where, self._unsaved_steps)
+        items, self._unsaved_steps = plan_saves(
+            rest, applied, num_steps, self._save_interval(), where, self._unsaved_steps
+        )
         for item in items:
             item.cut = None if item.cut is None else item.cut + skipped
         self.saver.expect(items)
@@ -180,7 +195,8 @@ class Trainer:
             self._offer(index)
         self.progress.window(rest, self.roster.names)
         self._rehearse(rest, applied)
-        vote = StopVote(self.groups, self.stop.wished, lead=2 * pipeline * chunks, interval=2 * pipeline * chunks)
+        interval = 2 * self.prepared.topology.pipeline_parallel * len(self.rack.chunks)
+        vote = StopVote(self.groups, self.stop.wished, lead=interval, interval=interval)
         result = self.runner.run(
             rest,
             lambda: prefetch(self.batches.training(rest, applied), self.groups.device),
@@ -225,53 +241,26 @@ class Trainer:
         Returns:
             Whether any left.
         """
-        self._evaluate()
-        for job in list(self.jobs.values()):
-            if job.slot is not None:
-                self._settle(job)
+        if not self._evaluate():
+            self._stop_here()
+            return False
+        self.decisions.settle()
         waits = True
         while waits:
-            events, waits = self.groups.broadcast(self._decide() if self.groups.is_first else None)
+            if anyone(self.groups, wished=self.stop.wished()):
+                self._stop_here()
+                return False
+            events, waits = self.groups.broadcast(self.decisions.decide(self.window) if self.groups.is_first else None)
             for event in events:
-                self._obey(event)
+                self.decisions.obey(event)
             if waits:
                 time.sleep(1.0)
         return self._release()
 
-    def _decide(self) -> tuple[list[dict[str, Any]], bool]:
-        """What happens to jobs now, and whether to ask again since nothing else is left to do (rank 0)."""
-        last = not any(job.status == "running" for job in self.jobs.values() if job.applied < job.num_steps)
-        statuses = {job.name: job.status for job in self.jobs.values()}
-        events = self.inbox.decide(self.window, statuses, self.new_jobs.check, last=last)
-        return events, last and not events and self.inbox.waits and not self.stop.wished()
-
-    def _settle(self, job: Job) -> None:
-        """Give a mounted job the status that its last window left it with."""
-        steps = self.rack.steps[job.index]
-        if steps.stopped and job.live:
-            job.status = "stopped"
-            job.reason = f"{steps.bad_steps} steps in a row without a finite gradient"
-            self.progress.note(
-                f"{job.name} is stopped after step {job.applied}: {job.reason}; its last good adapter is kept"
-            )
-        elif job.live and job.applied >= job.num_steps:
-            job.status = "finished"
-        elif job.live and job.out_of_patience():
-            job.status = "finished"
-            job.reason = f"no better validation loss {job.config.eval.patience} times in a row"
-            self.progress.note(f"{job.name} ends early at step {job.applied}: {job.reason}")
-
-    def _obey(self, event: dict[str, Any]) -> None:
-        """Carry out one decision of rank 0, on every rank."""
-        if event["op"] == "add":
-            job = self.roster.add(Builder(self.folder / "inbox").section(JobConfig, event["job"], event["name"]))
-            if job.slot is not None:
-                self.progress.note(f"{job.name} joins: {job.num_steps} steps")
-            return
-        job = next(job for job in self.jobs.values() if job.name == event["name"])
-        job.status = {"pause": "paused", "resume": "running", "cancel": "cancelled"}[event["op"]]
-        job.reason = "" if event["op"] == "resume" else "asked for"
-        self.progress.note(f"{job.name} is {job.status} at step {job.applied}")
+    def _stop_here(self) -> None:
+        """The ranks agreed to stop between two windows."""
+        self._save_state(None)
+        self.stopped = True
 
     def _release(self) -> bool:
         """Take ended jobs off the model once their last adapter is written; whether there were any."""
@@ -280,16 +269,13 @@ class Trainer:
             return False
         self.saver.drain()
         unwritten = self.groups.broadcast([job.index for job in ended if not self.writer.has_last(job)])
-        self.saver.expect([SaveItem(wants={index: self.jobs[index].applied}) for index in unwritten])
-        for index in unwritten:
-            self._offer(index)
-        self.saver.close_window()
+        self._save([SaveItem(wants={index: self.jobs[index].applied}) for index in unwritten])
         self.saver.drain()
         self.unsaved = self.groups.broadcast([job.name for job in ended if not self.writer.has_last(job)])
         for job in ended:
             if job.name not in self.unsaved:
                 self.rack.unmount(job)
-                job.dataset = job.source = job.eval_dataset = None
+                job.let_go()
         return True
 
     # ------------------------------------------------------------------ steps
@@ -314,36 +300,30 @@ class Trainer:
             self.loggers.step(report, name=job.name, **counts)
             self.progress.step(report, name=job.name, total=job.num_steps, tokens=counts["tokens"])
 
-    def _evaluate(self) -> None:
-        """Validate the jobs that are due, with the pipeline empty."""
-        due = {i: j.eval_dataset for i, j in self.jobs.items() if j.slot is not None and j.live and j.eval_due()}
+    def _evaluate(self) -> bool:
+        """Validate the jobs that are due, with the pipeline empty; False where a rank wished to stop meanwhile."""
+        due = {i: j.eval_dataset for i, j in self.jobs.items() if j.slot is not None and j.eval_due()}
         datasets = {index: dataset for index, dataset in due.items() if dataset is not None}
         if not datasets:
-            return
-        schedule = self.groups.broadcast(
-            plan_evaluation(datasets, self.prepared.plan_options) if self.groups.is_first else None
-        )
-        microbatches = schedule.replicas[self.groups.dp_rank]
-        sums = self.runner.evaluate(
-            lambda: prefetch(self.batches.validation(microbatches, datasets), self.groups.device),
-            self.batches.rows(microbatches),
-            schedule.token_capacity,
-        )
-        items = []
-        for index, loss in mean_losses(sums, sorted(datasets), self.groups).items():
+            return True
+        losses = self.validator.losses(datasets, self.stop.wished)
+        if losses is None:
+            return False
+        best = []
+        for index, loss in losses.items():
             job = self.jobs[index]
             job.evals.append((job.applied, loss))
-            best = job.best_eval() == (job.applied, loss)
-            self.progress.note(f"{job.name} step {job.applied}: validation loss {loss:.4f}{' (best)' if best else ''}")
+            is_best = job.best_eval() == (job.applied, loss)
+            self.progress.note(
+                f"{job.name} step {job.applied}: validation loss {loss:.4f}{' (best)' if is_best else ''}"
+            )
             if self.loggers:
                 self.loggers.evaluation(job.name, job.applied, loss)
                 self.writer.evals(job)
-            if best:
-                items.append(SaveItem(wants={index: job.applied}, best=True))
-        self.saver.expect(items)
-        for item in items:
-            self._offer(next(iter(item.wants)))
-        self.saver.close_window()
+            if is_best:
+                best.append(SaveItem(wants={index: job.applied}, best=True))
+        self._save(best)
+        return True
 
     # ------------------------------------------------------------------ jobs and state
 
@@ -356,8 +336,12 @@ class Trainer:
         item = SaveItem(wants=wants, cut=0, where=where)
         if not wants:
             item.ready.set()
-        self.saver.expect([item])
-        for index in self.rack.steps:
+        self._save([item])
+
+    def _save(self, items: list[SaveItem]) -> None:
+        """Queue what is to be saved as it is now, between two windows."""
+        self.saver.expect(items)
+        for index in {job for item in items for job in item.wants}:
             self._offer(index)
         self.saver.close_window()
 
@@ -368,6 +352,7 @@ class Trainer:
             schedule=schedule,
             shape=self._shape(),
             statuses={index: (job.status, job.reason) for index, job in self.jobs.items()},
+            evals={index: len(job.evals) for index, job in self.jobs.items()},
         )
 
     def _shape(self) -> dict[str, Any]:
@@ -376,8 +361,11 @@ class Trainer:
         names = ("stages", "virtual_stages", "replicas", "token_capacity", "padding_multiple", "schedule")
         return {name: getattr(options, name) for name in names}
 
-    def _all_applied(self) -> dict[int, int]:
-        return {index: job.applied for index, job in self.jobs.items()}
+    def _rest(self, schedule: Schedule) -> Schedule:
+        """What is left of a window."""
+        applied = {index: job.applied for index, job in self.jobs.items()}
+        stages = self.prepared.topology.pipeline_parallel if len(self.rack.chunks) > 1 else 1
+        return trim_schedule(schedule, applied, multiple=stages)
 
     def _report_status(self, state: str) -> None:
         self.report.status(state, window=self.window, last_checkpoint=self.writer.last_state)
@@ -394,7 +382,7 @@ class Trainer:
 
     def _close(self, stopped: bool) -> None:
         self.next_window.close()
-        self.new_jobs.close()
+        self.decisions.close()
         self.collector.close()
         self.report.timeline()
         self._report_status("stopped" if stopped else "done")

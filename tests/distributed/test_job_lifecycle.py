@@ -123,26 +123,36 @@ def test_a_resume_replays_a_job_that_joined_after_the_checkpoint(tmp_path):
     assert len(tiny.losses(out, "late")) == 5
 
 
-def test_a_job_that_joined_and_lost_its_data_is_stopped_and_the_others_go_on(tmp_path):
+def test_a_job_that_joined_and_whose_data_is_away_is_paused_and_goes_on_when_it_is_back(tmp_path):
     run_file, out = make(tmp_path, steps=60), tmp_path / "out"
     ranks = background(run_file, "checkpoint.save_interval=2")
     wait_for_lines(out, 4)
     late = yaml.safe_load((tmp_path / "late.yaml").read_text())
     late["train"]["train_iters"] = 60
+    late["eval"] = {"path": late["dataset"]["path"], "interval": 60}
     (tmp_path / "late.yaml").write_text(yaml.safe_dump(late))
     main(["job", "add", str(out), str(tmp_path / "late.yaml")])
     wait_for_lines(out, 30)
     os.kill(ranks.processes[0].pid, signal.SIGTERM)
     assert set(ranks.wait(60.0).statuses) == {EXIT_STOPPED}
     assert statuses(out)["late"] == "running"
-    (tmp_path / "data" / "late.jsonl").unlink()
+    data = tmp_path / "data" / "late.jsonl"
+    away = data.rename(tmp_path / "away")
     finished = background(run_file).wait(90.0).check()
-    assert statuses(out) == {"a": "finished", "b": "finished", "late": "stopped"}
-    assert "late is stopped at step" in finished.outputs[0]
-    assert "the others go on: rank 0: " in finished.outputs[0]
-    assert (out / "late" / "adapter_model.safetensors").is_file()
-    launch.train(run_file)  # and again: it stays stopped, and nothing is in the way
-    assert statuses(out)["late"] == "stopped"
+    assert statuses(out) == {"a": "finished", "b": "finished", "late": "paused"}
+    assert "late is paused at step" in finished.outputs[0]
+    assert "the others go on: jobs.late.dataset.path: " in finished.outputs[0]
+    assert main(["job", "resume", str(out), "late"]) == 0
+    finished = background(run_file).wait(90.0).check()  # not back yet
+    assert statuses(out)["late"] == "paused"
+    away.rename(data)
+    assert main(["job", "resume", str(out), "late"]) == 0
+    finished = background(run_file).wait(90.0).check()
+    assert statuses(out)["late"] == "finished"
+    assert len(tiny.losses(out, "late")) == 60
+    assert (out / "late" / "best" / "adapter_model.safetensors").is_file()
+    (tmp_path / "late.yaml").write_text(yaml.safe_dump(late))
+    assert error(tmp_path, out, "late") < 1e-3
 
 
 def test_an_accepted_job_outlives_a_run_that_was_killed_before_its_first_checkpoint(tmp_path):

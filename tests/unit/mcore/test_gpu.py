@@ -1,5 +1,8 @@
 """Which GPU is a rank's own."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
@@ -44,7 +47,7 @@ def test_every_rank_of_the_host_finds_it_so_that_the_first_one_tells(monkeypatch
         claim_gpu()
 
 
-def test_a_run_takes_its_gpu_before_it_makes_anything_on_one(monkeypatch, made_current):
+def test_a_run_takes_its_gpu_before_it_makes_anything_on_one(monkeypatch, made_current, tmp_path):
     class Seen(Exception):
         """Ends the preparation where the first thing is made on a GPU."""
 
@@ -55,9 +58,10 @@ def test_a_run_takes_its_gpu_before_it_makes_anything_on_one(monkeypatch, made_c
     monkeypatch.setattr(setup, "choose_device", lambda run: "cuda")
     monkeypatch.setattr(setup, "choose_transformer", lambda run, device: ("local", "asked for"))
     monkeypatch.setattr(setup, "choose_backend", make)
+    run: Any = SimpleNamespace(checkpoint=SimpleNamespace(save=tmp_path))
     with pytest.raises(Seen) as seen:
-        setup.prepare(None)
+        setup.prepare(run)
     assert seen.value.args[0][-1] == torch.device("cuda", 1)
     with pytest.raises(Seen) as seen:
-        setup.prepare(None, gpu=torch.device("cuda", 3))  # a model is there already
+        setup.prepare(run, gpu=torch.device("cuda", 3))  # a model is there already
     assert seen.value.args[0][-1] == torch.device("cuda", 3)

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -84,6 +85,17 @@ def test_an_old_checkpoint_that_stays_is_told_as_that(writer, notes, tmp_path, m
     ]
     assert writer.last_state == str(tmp_path / "state" / "00000002")
     assert state.check_state(tmp_path / "state" / "00000002")["jobs"][0]["applied"] == 3
+
+
+def test_a_checkpoint_holds_the_validations_of_its_place_and_none_that_came_while_it_waited(writer, job, tmp_path):
+    """A kill then must not lose the best adapter of a validation that the resume would take for done."""
+    job.evals.append((2, 0.5))
+    queued = item()
+    queued.where = replace(WHERE, evals={0: 1})
+    job.evals.append((3, 0.25))
+    writer.state(queued)
+    (record,) = state.check_state(tmp_path / "state" / "00000001")["jobs"]
+    assert record["evals"] == [[2, 0.5]]
 
 
 def test_an_old_adapter_that_stays_is_told_as_that_and_the_new_one_is_written(

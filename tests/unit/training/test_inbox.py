@@ -1,7 +1,7 @@
 """Requests to a run: whatever is wrong with one, the run goes on; a decision once recorded is never lost."""
 
 import json
-import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -81,18 +81,25 @@ def test_a_decision_that_does_not_fit_any_more_is_left_out(op, status, tmp_path)
     assert said == [f"{op} of a, decided before, is left out: {status}"]
 
 
-def test_a_request_that_a_kill_left_behind_its_record_is_not_met_twice(tmp_path):
+def test_a_request_that_a_kill_left_behind_its_record_is_not_met_twice(tmp_path, monkeypatch):
     file = write(tmp_path, "x.yaml", "op: pause\nname: a\n")
-    kept, time = file.read_text(), file.stat().st_mtime_ns
     first = inbox(tmp_path, [])
-    assert len(decide(first, 0)) == 1
-    file.write_text(kept)
-    os.utime(file, ns=(time, time))
+    with monkeypatch.context() as patch:
+        patch.setattr(first, "_move", lambda *_: None)
+        assert len(decide(first, 0)) == 1
     said: list[str] = []
     again = inbox(tmp_path, said, carried_out=first.carried_out)
     assert decide(again, 1) == []
     assert not file.exists()
     assert said == []
+
+
+def test_a_copy_of_a_request_that_was_answered_is_a_new_request(tmp_path):
+    master = write(tmp_path, "x.yaml", "op: pause\nname: a\n").rename(tmp_path / "pause.yaml")
+    box = inbox(tmp_path, [])
+    for window in (0, 1):
+        shutil.copy2(master, tmp_path / "inbox" / "x.yaml")  # with the time of the first
+        assert decide(box, window) == [{"window": window, "op": "pause", "name": "a"}]
 
 
 def test_what_was_recorded_for_windows_that_never_come_takes_effect_when_nothing_else_is_left(tmp_path):

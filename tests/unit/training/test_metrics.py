@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -89,6 +90,44 @@ def test_lines_wait_for_a_full_disk_and_none_is_torn(tmp_path: Path, disk: Simpl
     metrics.close()
     assert [line["step"] for line in read(tmp_path)] == [1, 2, 3, 4, 5, 6]
     assert notes[1:] == ["metrics.jsonl is written again"]
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output, "RETRY_SECONDS", 0.0)
+
+
+def test_a_disk_that_refuses_is_not_tried_at_every_step(
+    tmp_path: Path, disk: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics = MetricsLog(tmp_path, {}, lambda _: None)
+    monkeypatch.setattr(output, "RETRY_SECONDS", 60.0)
+    disk.room = 0
+    log_step(metrics, 1)
+    disk.room = None
+    log_step(metrics, 2)
+    assert read(tmp_path) == []
+    metrics.close()
+    assert [line["step"] for line in read(tmp_path)] == [1, 2], "the end tries once more"
+
+
+def test_a_log_that_needs_no_trimming_is_left_as_it_is_and_a_failed_trim_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"job": "a", "step": 1}\n')
+    inode = path.stat().st_ino
+    MetricsLog(tmp_path, {"a": 1}).close()
+    assert path.stat().st_ino == inode
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(output.os, "fsync", full)
+    said: list[str] = []
+    MetricsLog(tmp_path, {}, said.append).close()
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert "No space left on device" in said[0]
 
 
 def test_what_no_longer_waits_is_counted(

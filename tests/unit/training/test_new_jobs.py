@@ -9,6 +9,7 @@ from lorafusion_megatron.config import load_run
 from lorafusion_megatron.errors import UserError
 from lorafusion_megatron.models.config import read_model_spec
 from lorafusion_megatron.training import new_jobs, row_cache
+from lorafusion_megatron.training.memory import predict_run_memory
 from lorafusion_megatron.training.new_jobs import NewJobs
 from tests.unit.tiny_inputs import make_case
 
@@ -59,16 +60,29 @@ def test_a_large_one_is_checked_by_a_process_and_others_wait_their_turn(run, mon
     jobs.close()
 
 
-def test_a_check_that_was_killed_is_made_again_and_one_under_way_ends_with_the_run(run, monkeypatch):
+def test_a_job_whose_check_was_killed_is_refused_and_a_check_under_way_ends_with_the_run(run, monkeypatch):
     monkeypatch.setattr(new_jobs, "LARGE", 0)
     jobs, job = make(run, []), replace(run.jobs[1], name="new")
     assert not jobs.check(job)
     jobs._process.kill()
-    assert wait_for(jobs, job)
+    with pytest.raises(UserError, match="ended with -9"):
+        wait_for(jobs, job)
+    assert not jobs.check(job)
+    assert wait_for(jobs, job), "added again it is read again"
     assert not jobs.check(job)
     process = jobs._process
     jobs.close()
     assert not process.is_alive()
+
+
+def test_a_job_for_which_a_gpu_has_no_room_is_refused(run):
+    spec = read_model_spec(run.base_model.path)
+    (stage,) = predict_run_memory(run, spec, (4,))
+    first, second = run.jobs
+    new_jobs.check_room(run, spec, (4,), [first], second, stage.total)
+    with pytest.raises(UserError, match="stage 0 would take") as refused:
+        new_jobs.check_room(run, spec, (4,), [first], second, stage.total - 1)
+    assert refused.value.key == "peft.r"
 
 
 def test_rows_of_a_job_that_may_join_wait_on_disk_and_those_of_a_refused_one_do_not(run, monkeypatch):

@@ -1,11 +1,13 @@
 """Checkpoints on disk, what a window saves and what is left of it after a stop."""
 
+import errno
 import json
 import os
 
 import pytest
 import torch
 
+from lorafusion_megatron.errors import UserError
 from lorafusion_megatron.scheduler.build import PlanOptions, build_schedule
 from lorafusion_megatron.scheduler.trim import trim_schedule
 from lorafusion_megatron.training.checkpoints import _drop_old_steps
@@ -19,6 +21,8 @@ from lorafusion_megatron.training.state import (
     encode_schedule,
     load_job,
     newest_state,
+    sequences,
+    set_damaged_aside,
 )
 from lorafusion_megatron.training.windows import window_shares
 from lorafusion_megatron.types import GlobalBatch, Sample
@@ -74,7 +78,7 @@ def test_nothing_shows_under_its_name_before_it_is_whole(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("damage", ["cut", "bit", "gone", "no manifest", "format", "outside", "not json"])
+@pytest.mark.parametrize("damage", ["cut", "bit", "gone", "no manifest", "no object", "outside", "not json"])
 def test_every_damage_is_seen_named_and_passed_over(damage, tmp_path):
     older, newer = write(tmp_path, 1), write(tmp_path, 2)
     file, manifest = newer / "a.safetensors", newer / "manifest.json"
@@ -87,8 +91,8 @@ def test_every_damage_is_seen_named_and_passed_over(damage, tmp_path):
         file.unlink()
     elif damage == "no manifest":
         manifest.unlink()
-    elif damage == "format":
-        manifest.write_text(json.dumps(value | {"format": 99}))
+    elif damage == "no object":
+        manifest.write_text("[]")
     elif damage == "outside":
         seal = {"bytes": 0, "sha256": ""}
         manifest.write_text(json.dumps(value | {"files": {"../../etc/passwd": seal}}))
@@ -101,6 +105,32 @@ def test_every_damage_is_seen_named_and_passed_over(damage, tmp_path):
     assert len(said) == 1
     assert f"{newer} is passed over" in said[0]
     assert "\n" not in said[0]
+    set_damaged_aside(tmp_path, older)
+    assert {path.name for path in tmp_path.iterdir()} == {"00000001", "00000002.damaged"}
+    assert sequences(tmp_path) == [1], "it does not count as kept any more"
+
+
+def test_a_run_does_not_begin_anew_because_its_checkpoints_can_not_be_read(tmp_path, monkeypatch):
+    older, newer = write(tmp_path, 1), write(tmp_path, 2)
+
+    def stale(self, *_, **__):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.read_text", stale)
+        with pytest.raises(UserError, match="Stale file handle") as unreadable:
+            newest_state(tmp_path, pytest.fail)
+    assert str(newer) in str(unreadable.value)
+    manifest = newer / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 99}))
+    with pytest.raises(UserError, match="has format 99"):
+        newest_state(tmp_path, pytest.fail)
+    for path in (older, newer):
+        (path / "manifest.json").write_text("{")
+    said: list[str] = []
+    with pytest.raises(UserError, match="none of the 2 checkpoints"):
+        newest_state(tmp_path, said.append)
+    assert len(said) == 2
 
 
 def test_the_newest_are_kept_and_unfinished_ones_of_dead_writers_removed(tmp_path):
