@@ -12,8 +12,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from lorafusion_megatron.errors import UserError
 
 if TYPE_CHECKING:
@@ -116,16 +114,15 @@ def _read_job(path: Path) -> tuple[str, str]:
         ) from None
     raw = parse_yaml(text, source=str(path))
     job = Builder(path.parent).section(JobConfig, raw, str(path))
-    return _absolute(text, raw, job), job.name
+    return _absolute(raw, job), job.name
 
 
-def _absolute(text: str, raw: Any, job: "JobConfig") -> str:
-    """The text with absolute paths: the run would look relative ones up in its own folders."""
-    changed = False
+def _absolute(raw: Any, job: "JobConfig") -> str:
+    """A job as text, with absolute paths: the run would look relative ones up in its own folders."""
     for section, key in PATHS:
         found = getattr(getattr(job, section), key)
         # A chat template may also be given as it is; a file's name has no brace.
         if found is not None and "{" not in str(found):
             raw[section][key] = os.path.abspath(found)
-            changed = True
-    return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True) if changed else text
+    # JSON is YAML, and quotes names that YAML would take for numbers.
+    return json.dumps(raw, ensure_ascii=False, indent=1) + "\n"

@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
@@ -164,7 +165,8 @@ class TrainConfig:
         if self.train_iters is not None:
             return self.train_iters
         assert self.epochs is not None
-        return max(1, math.ceil(self.epochs * rows / self.global_batch_size))
+        # The number as it is written: 1.1 epochs of 50 rows are 55, not what is left of 55 in binary.
+        return max(1, math.ceil(Fraction(str(self.epochs)) * rows / self.global_batch_size))
 
 
 @dataclass(frozen=True, kw_only=True)

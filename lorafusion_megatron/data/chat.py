@@ -26,7 +26,8 @@ class _Generation(jinja2.ext.Extension):
     def __init__(self, environment: jinja2.Environment) -> None:
         super().__init__(environment)
         self.blocks: list[str] = []
-        self.spans: list[Span] = []
+        self.marked: list[tuple[int, str]] = []
+        """Where each begins in the text so far, and what it is."""
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
@@ -37,7 +38,7 @@ class _Generation(jinja2.ext.Extension):
         text = str(caller())
         # Jinja hands out the blocks before this one first, so their length is where this one begins.
         start = sum(map(len, self.blocks))
-        self.spans.append((start, start + len(text)))
+        self.marked.append((start, text))
         return text
 
 
@@ -64,7 +65,8 @@ class ChatTemplate:
     def __init__(
         self, text: str, special_tokens: dict[str, str], *, today: datetime.datetime, key: str, template_key: str
     ) -> None:
-        self._special_tokens, self._key = special_tokens, key
+        self._special_tokens, self._key, self._template_key = special_tokens, key, template_key
+        self._calls_tools = "tool_calls" in text
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
         )
@@ -89,7 +91,7 @@ class ChatTemplate:
             UserError: the template refuses or breaks on them.
         """
         blocks: list[str] = []
-        self._generation.blocks, self._generation.spans = blocks, []
+        self._generation.blocks, self._generation.marked = blocks, []
         variables = {"tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
         try:
             for block in self._template.generate(messages=list(messages), **variables, **self._special_tokens):
@@ -109,15 +111,31 @@ class ChatTemplate:
         Raises:
             UserError: the template does not take the messages, or rewrites earlier turns.
         """
+        if not self._calls_tools and any(message.get("content") is None for message in messages):
+            raise UserError(
+                f"{place}: a turn has tool_calls and no content, and the chat template knows nothing of tool_calls",
+                rule="a template must write what the assistant says",
+                remedy="give a dataset.chat_template that does, or rows with content",
+                key=self._key,
+            )
         full = self.render(messages, place, tools=tools)
         if self._marks:
-            return full, list(self._generation.spans)
+            return full, self._marked_spans(full)
         spans: list[Span] = []
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self.render(messages[:index], place, tools=tools, add_generation_prompt=True)
-            after = self.render(messages[: index + 1], place, tools=tools)
+            try:
+                before = self.render(messages[:index], place, tools=tools, add_generation_prompt=True)
+                after = self.render(messages[: index + 1], place, tools=tools)
+            except UserError as error:
+                raise UserError(
+                    f"{place}: the chat template takes the conversation, but not what stands before message {index} "
+                    f"alone ({error.given})",
+                    rule="the assistant's turns can be told apart only by what each adds",
+                    remedy="give a dataset.chat_template with {% generation %} marks",
+                    key=self._key,
+                ) from None
             if not (after.startswith(before) and full.startswith(after)):
                 raise UserError(
                     f"{place}: with message {index} the chat template rewrites what it wrote for the ones before",
@@ -127,6 +145,19 @@ class ChatTemplate:
                 )
             spans.append((len(before), self._turn_end(full, len(before), len(after))))
         return full, spans
+
+    def _marked_spans(self, text: str) -> list[Span]:
+        """Where what the template marked stands in the text."""
+        spans = [(start, start + len(marked)) for start, marked in self._generation.marked]
+        for (start, stop), (_, marked) in zip(spans, self._generation.marked, strict=True):
+            if text[start:stop] != marked:
+                raise UserError(
+                    "the chat template marks {% generation %} within a macro, a set block or a filter",
+                    rule="only marks in what the template writes itself can be found in the text",
+                    remedy="move the mark out of it",
+                    key=self._template_key,
+                )
+        return spans
 
     def _turn_end(self, text: str, start: int, stop: int) -> int:
         """Where a turn ends: after its end-of-sequence token, if only white space follows that."""

@@ -1,5 +1,6 @@
 """The kinds of data rows, and how each becomes token ids with labels."""
 
+import json
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import cached_property
@@ -126,8 +127,17 @@ class RowTokenizer:
 
     @cached_property
     def _template(self) -> ChatTemplate:
+        return self._read_template(tools=False)
+
+    @cached_property
+    def _tool_template(self) -> ChatTemplate:
+        return self._read_template(tools=True)
+
+    def _read_template(self, *, tools: bool) -> ChatTemplate:
         source, tokenizer = self._source, self._tokenizer
-        text = read_chat_template(source.model, source.chat_template, tokenizer.config, key=source.chat_template_key)
+        text = read_chat_template(
+            source.model, source.chat_template, tokenizer.config, tools=tools, key=source.chat_template_key
+        )
         return ChatTemplate(
             text,
             tokenizer.special_tokens,
@@ -160,8 +170,9 @@ class RowTokenizer:
         return before + after, [False] * len(before) + [True] * len(after)
 
     def _messages(self, row: dict[str, object], place: str) -> Tokens:
-        messages = self._conversation(row["messages"], place)
-        text, spans = self._template.assistant_spans(messages, place, row.get("tools"))
+        messages, tools = self._conversation(row["messages"], place), self._tools(row.get("tools"), place)
+        template = self._template if tools is None else self._tool_template
+        text, spans = template.assistant_spans(messages, place, tools)
         if not _is_unicode(text):  # from a field of the row that only the template reads
             raise UserError(
                 f"{place}: the conversation holds half of a surrogate pair",
@@ -176,12 +187,27 @@ class RowTokenizer:
             labels |= (starts < stop) & (stops > start)
         return ids, labels.tolist()
 
+    def _tools(self, value: object, place: str) -> object:
+        """The tools of a row: objects, which data sets of one column type hold as JSON text; None: it has none."""
+        try:
+            tools = json.loads(value) if isinstance(value, str) else value
+        except (ValueError, RecursionError):
+            tools = value
+        if tools is None or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+            return tools
+        raise UserError(
+            f"{place}: tools is not a list of objects",
+            rule="each tool is a JSON object, its schema, or all of them JSON text of such a list",
+            remedy="mend the row",
+            key=self._key,
+        )
+
     def _conversation(self, value: object, place: str) -> list[Message]:
         if isinstance(value, list) and value and all(map(_is_message, value)):
             return value
         raise UserError(
             f"{place}: messages is not a list of turns",
-            rule='each turn has a "role" and a "content", both text',
+            rule='each turn has a "role" and a "content", both text; content may be null beside tool_calls',
             remedy="mend or remove the row",
             key=self._key,
         )
@@ -207,9 +233,13 @@ class RowTokenizer:
 
 
 def _is_message(value: object) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(text := value.get(field), str) and _is_unicode(text) for field in ("role", "content")
-    )
+    if not isinstance(value, dict):
+        return False
+    calls = value.get("tool_calls")
+    texts = [value.get("role")]
+    if value.get("content") is not None or not (isinstance(calls, list) and calls):
+        texts.append(value.get("content"))
+    return all(isinstance(text, str) and _is_unicode(text) for text in texts)
 
 
 def _is_unicode(text: str) -> bool:

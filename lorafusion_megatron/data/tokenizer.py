@@ -12,6 +12,8 @@ from lorafusion_megatron.errors import UserError
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 """Files of which a tokenizer that Transformers can load has at least one."""
 
+ADDITIONAL_TEMPLATES = "additional_chat_templates"
+"""Where Transformers keeps a tokenizer's other chat templates."""
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -67,7 +69,20 @@ class TextTokenizer:
         except Exception as error:  # the library raises bare Exception
             raise self._unusable(f"{path} cannot be read ({str(error)[:120]})", "copy the file anew") from None
         is_byte_level = '"ByteLevel"' in json.dumps(_read_json(path, self._key).get("pre_tokenizer"))
-        return tokenizer if is_byte_level else None
+        # Transformers adds tokens that other files declare.
+        whole = all(tokenizer.token_to_id(token) is not None for token in self._declared(folder))
+        return tokenizer if is_byte_level and whole else None
+
+    def _declared(self, folder: Path) -> set[str]:
+        """Tokens that files beside ``tokenizer.json`` name."""
+        values: list[object] = [*self.special_tokens.values()]
+        for source in (self.config, _read_json(folder / "special_tokens_map.json", self._key)):
+            for name in ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"):
+                more = source.get(name) or []
+                values += more.values() if isinstance(more, dict) else more if isinstance(more, list) else []
+        values += _read_json(folder / "added_tokens.json", self._key)
+        texts = (value.get("content") if isinstance(value, dict) else value for value in values)
+        return {text for text in texts if isinstance(text, str) and text}
 
     def _from_transformers(self, folder: Path, trust_remote_code: bool) -> Any:
         if not any((folder / name).is_file() for name in _FILES):
@@ -92,7 +107,10 @@ class TextTokenizer:
 
     def _special_tokens(self, folder: Path) -> dict[str, str]:
         found: dict[str, str] = {}
-        for source in (self.config, _read_json(folder / "special_tokens_map.json", self._key)):
+        sources = [self.config, _read_json(folder / "special_tokens_map.json", self._key)]
+        if "added_tokens_decoder" not in self.config:
+            sources.reverse()  # so Transformers has it
+        for source in sources:
             for name in _SPECIAL:
                 value = source.get(name)
                 text = value.get("content") if isinstance(value, dict) else value
@@ -110,19 +128,26 @@ class TextTokenizer:
     def _eos_id(self, folder: Path) -> int | None:
         if "eos_token" in self.special_tokens:
             token: int | None = self._backend.token_to_id(self.special_tokens["eos_token"])
+            if token is None:
+                name = self.special_tokens["eos_token"]
+                raise self._unusable(f"{folder}: eos_token {name} is not in the vocabulary", "mend its files")
             return token
         ids = _read_json(folder / "config.json", self._key).get("eos_token_id")
         first = ids[0] if isinstance(ids, list) and ids else ids
         return first if type(first) is int else None
 
 
-def read_chat_template(folder: Path, given: str | None, config: dict[str, Any], *, key: str) -> str:
+def read_chat_template(
+    folder: Path, given: str | None, config: dict[str, Any], *, tools: bool = False, key: str
+) -> str:
     """The Jinja text of the chat template.
 
     Args:
-        folder: the model folder, which may hold ``chat_template.jinja`` or name one in its ``tokenizer_config.json``.
+        folder: the model folder, which may hold ``chat_template.jinja`` and others under
+            ``additional_chat_templates``, or name them in its ``tokenizer_config.json``.
         given: Jinja text or a file that holds it; goes before the model's own.
         config: ``tokenizer_config.json``.
+        tools: whether it is for rows with tools, for which a model may have a template named ``tool_use``.
         key: the YAML key of ``given``, for messages.
 
     Raises:
@@ -131,8 +156,10 @@ def read_chat_template(folder: Path, given: str | None, config: dict[str, Any], 
     try:
         if given is not None:
             return given if "{" in given else Path(given).read_text(encoding="utf-8")
+        files = {path.stem: path for path in folder.glob(f"{ADDITIONAL_TEMPLATES}/*.jinja")}
         if (folder / "chat_template.jinja").is_file():
-            return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+            files["default"] = folder / "chat_template.jinja"
+        named: dict[object, object] = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
     except (OSError, ValueError) as error:
         raise UserError(
             f"the chat template cannot be read ({error.strerror if isinstance(error, OSError) else error})",
@@ -142,8 +169,11 @@ def read_chat_template(folder: Path, given: str | None, config: dict[str, Any], 
         ) from None
     template = config.get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        entries = (entry for entry in template if isinstance(entry, dict))
+        named = {entry.get("name"): entry.get("template") for entry in entries} | named
+    elif template is not None:
+        named = {"default": template} | named
+    template = named.get("tool_use" if tools and "tool_use" in named else "default")
     if isinstance(template, str):
         return template
     raise UserError(

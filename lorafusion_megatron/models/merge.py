@@ -17,8 +17,8 @@ from lorafusion_megatron.models.config import read_model_spec
 from lorafusion_megatron.models.files import flush, prepare_output, temporary_folder
 
 CONFIG_FILE = "config.json"
-# Configuration, tokenizer and licence; weights in other formats would be those of the base.
-_COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
+# Configuration, tokenizer, their code and licence; weights in other formats would be those of the base.
+_COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
 _TEMPLATES = "additional_chat_templates"
 """Where Transformers keeps a tokenizer's other chat templates."""
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -5,6 +5,7 @@ with T the padded tokens and Q the sum of squared sample lengths (attention neve
 """
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -115,23 +116,42 @@ class CostModel:
         """Write the model as JSON."""
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")
 
+    def check(self) -> None:
+        """Check that plans can be made with it.
+
+        Raises:
+            ValueError: a rate is no number of seconds, or layers take no longer for more tokens.
+        """
+        rates = {f"{side}.{name}": rate for side, values in asdict(self).items() for name, rate in values.items()}
+        for name, rate in rates.items():
+            if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < math.inf:
+                raise ValueError(f"{name} is {rate!r}, and must be seconds: finite, at least 0")
+        if not any(rates[f"{side}.layer_{what}"] for side in ("forward", "backward") for what in ("token", "square")):
+            raise ValueError("layers take no longer for more tokens")
+
     @classmethod
-    def load(cls, path: Path) -> "CostModel":
+    def load(cls, path: Path, *, key: str = "--cost-model") -> "CostModel":
         """Read what `save` wrote.
+
+        Args:
+            path: the file.
+            key: where it was given, for messages.
 
         Raises:
             UserError: the file is missing or is not a saved cost model.
         """
         try:
             data = json.loads(path.read_text())
-            return cls(forward=Rates(**data["forward"]), backward=Rates(**data["backward"]))
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            found = cls(forward=Rates(**data["forward"]), backward=Rates(**data["backward"]))
+            found.check()
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise UserError(
                 f"{path} ({error})",
                 rule="a cost model is the JSON file that `plan --calibrate` writes",
                 remedy="calibrate again or leave the option out",
-                key="--cost-model",
-            ) from error
+                key=key,
+            ) from None
+        return found
 
 
 def equal_loads(layers: int, chunks: int) -> tuple[StageLoad, ...]:

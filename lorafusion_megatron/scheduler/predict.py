@@ -6,7 +6,7 @@ from functools import partial
 from lorafusion_megatron.scheduler.cost import Load
 from lorafusion_megatron.scheduler.options import PlanOptions
 from lorafusion_megatron.scheduler.packing import padded_tokens
-from lorafusion_megatron.scheduler.rows import Row, Samples
+from lorafusion_megatron.scheduler.rows import Row, Samples, noop_row
 from lorafusion_megatron.scheduler.simulate import simulate
 from lorafusion_megatron.scheduler.waits import waiting_time, window_width
 from lorafusion_megatron.scheduler.weights import Weights
@@ -23,7 +23,12 @@ def predict_seconds(rows: Sequence[Row], options: PlanOptions, weights: Weights)
 
 
 def simulated_seconds(rows: Sequence[Row], options: PlanOptions) -> float:
-    """Time of a stream in the simulator, about 1 us for each forward or backward of a chunk."""
+    """Time of a stream in the simulator, about 1 us for each forward or backward of a chunk.
+
+    An interleaved schedule takes whole groups of microbatches, as which the stream will run.
+    """
+    missing = options.pipeline.accepted_count(len(rows)) - len(rows)
+    rows = [*rows, *[noop_row(options.replicas)] * missing]
     loads = [max(map(partial(_load, options), row.parts), key=lambda load: (load.tokens, load.squares)) for row in rows]
     return simulate(loads, options.pipeline, options.chunk_loads, options.cost_model).seconds
 

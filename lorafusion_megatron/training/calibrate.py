@@ -59,13 +59,30 @@ def calibrate(folder: Path, target: Path) -> tuple[CostModel, float]:
         The cost model, and the median relative error of its predictions on the same forwards and backwards.
 
     Raises:
-        UserError: as `read_measurements`.
+        UserError: as `read_measurements`; the times do not depend on the tokens; the file can't be written.
     """
     rows = read_measurements(folder)
     cost = fit_cost_model(rows)
+    try:
+        cost.check()
+    except ValueError as error:
+        raise UserError(
+            f"the rates that fit {folder} are of no use ({error})",
+            rule="rates are fitted to times that grow with the tokens",
+            remedy="train more steps on a GPU that does nothing else, on samples of several lengths",
+            key="--calibrate",
+        ) from None
     errors = []
     for row in rows:
         stage = StageLoad(layers=row.layers, output=row.output)
         errors.append(abs(cost.seconds(row.load, stage, backward=row.backward) - row.seconds) / row.seconds)
-    cost.save(target)
+    try:
+        cost.save(target)
+    except OSError as error:
+        raise UserError(
+            f"{target} can't be written ({error.strerror})",
+            rule="the rates are kept beside the run",
+            remedy="mend that, or copy the run's trace.json into a folder of your own",
+            key="--calibrate",
+        ) from None
     return cost, statistics.median(errors)

@@ -1,7 +1,8 @@
 """Writing and finding what an exact resume needs; the files' form is `state`'s, the thread is `saver`'s."""
 
+import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,13 @@ class CheckpointWriter:
         note: Note,
     ) -> None:
         self.folder, self._jobs, self._adapter_of = folder, jobs, adapter_of
-        self._model, self._base_model = model, base_model
+        # PEFT and `export` look the path up from wherever they run.
+        self._model, self._base_model = model, Path(os.path.abspath(base_model))
         self._keep, self._keep_steps, self._is_first, self._note = keep, keep_steps, is_first, note
         self._written: dict[int, int] = {}
         """Job -> step of the adapter that was written last by this process."""
+        self._kept: dict[int, set[int]] = {}
+        """Job -> steps that this process kept."""
         self.last_state: str | None = None
         self.state_failed = False
         """Whether the newest checkpoint could not be written (rank 0; the saving thread must be idle)."""
@@ -60,13 +64,14 @@ class CheckpointWriter:
             write_json(folder / "losses.json", entry.losses[:step])
             if self._keep_steps:
                 write_adapter(folder / f"step_{step}", spec, self._base_model, tensors)
+                self._kept.setdefault(job, set()).add(step)
             self._written[job] = step
         except OSError as error:
             self._note(f"{entry.name}: the adapter of step {step} could not be saved ({error}); the run goes on")
             return
         if self._keep_steps:
             try:
-                _drop_old_steps(folder, self._keep)
+                _drop_old_steps(folder, self._keep, self._kept[job])
             except OSError as error:
                 self._note(f"{entry.name}: an old adapter could not be removed ({error}); the run goes on")
 
@@ -137,8 +142,15 @@ class CheckpointWriter:
         return {"window": where.window, "events": events, "inside": inside, "shape": shape, "jobs": jobs}
 
 
-def _drop_old_steps(folder: Path, keep: int) -> None:
-    """Keep the ``keep`` step folders that were written last; an earlier run in the folder may have got further."""
-    steps = sorted((p.stat().st_mtime_ns, int(p.name[5:]), p) for p in folder.glob("step_*") if p.name[5:].isdigit())
+def _drop_old_steps(folder: Path, keep: int, mine: Collection[int]) -> None:
+    """Keep the ``keep`` step folders that were written last; an earlier run in the folder may have got further.
+
+    Args:
+        folder: the job's folder.
+        keep: how many stay.
+        mine: steps that this process wrote: newer than all others, whatever the clock says.
+    """
+    numbered = ((int(p.name[5:]), p) for p in folder.glob("step_*") if p.name[5:].isdigit())
+    steps = sorted((step in mine, step if step in mine else p.stat().st_mtime_ns, step, p) for step, p in numbered)
     for *_, path in steps[:-keep]:
         shutil.rmtree(path)

@@ -40,6 +40,7 @@ def check_run(run: RunConfig, spec: ModelSpec) -> list[str]:
         folder, key = run.checkpoint.save / job.name, f"jobs[{index}].name"
         if os.path.lexists(folder):
             _check_writable(folder, "the job's adapter is written there", "move it away, or rename the job", key)
+    _check_apart(run)
     check_loggers(run.logger)
     notes = []
     if run.model.sequence_parallel and run.model.tensor_model_parallel_size == 1:
@@ -106,6 +107,21 @@ def check_dataset(
                 "more than once"
             )
     return notes
+
+
+def _check_apart(run: RunConfig) -> None:
+    """Jobs whose folders are links must not write into one."""
+    places: dict[str, str] = {}
+    for index, job in enumerate(run.jobs):
+        place = os.path.realpath(run.checkpoint.save / job.name)
+        if place in places:
+            raise UserError(
+                f"{run.checkpoint.save / job.name} and {run.checkpoint.save / places[place]} are {place}",
+                rule="each job has a folder of its own",
+                remedy="remove the link, or rename the job",
+                key=f"jobs[{index}].name",
+            )
+        places[place] = job.name
 
 
 def _check_stages(run: RunConfig, spec: ModelSpec) -> None:

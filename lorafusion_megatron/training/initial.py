@@ -1,5 +1,6 @@
 """Checks of the adapters that jobs start from, by their configuration and headers alone: no torch."""
 
+import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -18,13 +19,28 @@ def check_initial_adapters(run: RunConfig, spec: ModelSpec) -> None:
         UserError: the folder or a file is missing or broken; rank, alpha, rsLoRA or targets are not the job's.
 
     Note: the tensors themselves are checked when they are loaded (`models.adapter.load_initial_adapter`); this tells
-        the common mistakes apart within milliseconds and without torch.
+        the common mistakes apart within milliseconds and without torch. A job that goes on from a checkpoint needs no
+        such folder any more.
     """
+    going_on = _names_in_newest_checkpoint(run)
     for index, job in enumerate(run.jobs):
-        if job.peft.init_from is not None:
+        if job.peft.init_from is not None and job.name not in going_on:
             key = f"jobs[{index}].peft.init_from"
             _check_config(job.peft.init_from, run.adapter_spec(index), spec, key)
             _check_weights(job.peft.init_from / "adapter_model.safetensors", job.peft.r, key)
+
+
+def _names_in_newest_checkpoint(run: RunConfig) -> set[str]:
+    """Jobs whose adapter the newest checkpoint of the run's folder holds, as its manifest says, whole or not."""
+    states = run.checkpoint.save / "state"
+    if run.checkpoint.resume == "never" or not states.is_dir():
+        return set()
+    newest = max((path for path in states.iterdir() if path.name.isdigit()), default=None)
+    try:
+        manifest = json.loads((newest / "manifest.json").read_text()) if newest else {"jobs": []}
+        return {job["name"] for job in manifest["jobs"] if job["counters"]}
+    except (OSError, ValueError, KeyError, TypeError):  # the run will say what is wrong with it
+        return set()
 
 
 def _check_config(folder: Path, adapter: AdapterSpec, spec: ModelSpec, key: str) -> None:

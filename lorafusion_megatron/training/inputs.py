@@ -12,6 +12,7 @@ from lorafusion_megatron.models.config import read_model_spec
 from lorafusion_megatron.training.checks import check_dataset, check_run
 from lorafusion_megatron.training.hosts import world_size
 from lorafusion_megatron.training.initial import check_initial_adapters
+from lorafusion_megatron.training.planning import cost_model
 from lorafusion_megatron.training.row_cache import NAME, RowCache
 from lorafusion_megatron.types import ModelSpec
 
@@ -55,6 +56,7 @@ def load_inputs(run: RunConfig, rows: RowCache, *, padding_multiple: int = 1) ->
     """
     spec = read_model_spec(run.base_model.path)
     notes = check_run(run, spec)
+    cost_model(run, spec)
     check_base_weights(run.base_model.path, spec)
     check_initial_adapters(run, spec)
     sources = [_source(run, index, part, spec.vocab_size) for index in range(len(run.jobs)) for part in PARTS]

@@ -31,7 +31,7 @@ def cost_model(run: RunConfig, spec: ModelSpec) -> CostModel:
         UserError: the file is missing or is not a cost model.
     """
     if run.runtime.cost_model is not None:
-        return CostModel.load(run.runtime.cost_model)
+        return CostModel.load(run.runtime.cost_model, key="runtime.cost_model")
     return default_cost_model(spec, tensor_parallel=run.model.tensor_model_parallel_size)
 
 

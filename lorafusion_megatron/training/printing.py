@@ -80,7 +80,8 @@ class Printer:
     def _send(self, stream: TextIO | None, text: str) -> None:
         if stream is None:  # the process was started with a closed stdout
             return
-        raw = getattr(stream.buffer, "raw", None) if isinstance(stream, io.TextIOWrapper) else None
+        # An unbuffered stream (PYTHONUNBUFFERED) has the raw one in the buffer's place.
+        raw = getattr(stream.buffer, "raw", stream.buffer) if isinstance(stream, io.TextIOWrapper) else None
         stream.flush()  # what others have printed comes first
         if raw is None:
             stream.write(text)

@@ -1,5 +1,6 @@
 """Where a run begins: at the newest whole checkpoint of its folder, or afresh."""
 
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -120,15 +121,13 @@ def find_resume(
 def _look(
     run: RunConfig, note: Callable[[str], None], source: Path | None
 ) -> tuple[Path, dict[str, Any]] | UserError | None:
-    """The checkpoint to go on from; None after everything was made ready to begin anew."""
+    """The checkpoint to go on from; None to begin anew."""
     folder, found = run.checkpoint.save / "state", None
     try:
         if source is not None or run.checkpoint.resume == "auto":
             found = newest_state(source or folder, note)
         drop_unfinished(folder, own=True)
-        if found is None:
-            _start_afresh(run, note)
-        elif source is None:
+        if found is not None and source is None:
             set_damaged_aside(folder, found[0])
     except UserError as error:
         return error
@@ -147,6 +146,16 @@ def _merge_jobs(
 ) -> tuple[JobConfig, ...]:
     """Jobs in the order of the checkpoint, whose samples carry these numbers, then the run file's new ones."""
     ours = {job.name: job for job in run.jobs}
+    known = {name.lower(): name for name in records}
+    for name in ours:
+        before_name = known.get(name.lower(), name)
+        if before_name != name:
+            raise UserError(
+                f"{name} where the checkpoint has {before_name}",
+                rule="names of jobs differ in more than case",
+                remedy="set it back, or give it another name",
+                key=f"jobs.{name}.name",
+            )
     jobs = []
     for name, record in records.items():
         before = Builder(Path()).section(JobConfig, record["config"], name)
@@ -172,6 +181,8 @@ def _check_same(name: str, before: JobConfig, now: JobConfig) -> None:
     ):
         section, field = key.split(".")
         old, new = getattr(getattr(before, section), field), getattr(getattr(now, section), field)
+        if field == "target_modules":  # their order says nothing
+            old, new = sorted(old), sorted(new)
         if old != new:
             raise UserError(
                 f"{new} where the checkpoint has {old}",
@@ -203,11 +214,27 @@ def _other_base(given: str, rule: str) -> UserError:
     )
 
 
-def _start_afresh(run: RunConfig, note: Callable[[str], None]) -> None:
-    """A run that begins anew must not be gone on with from an older one's checkpoints, nor show its results.
+def start_afresh(run: RunConfig, note: Callable[[str], None]) -> None:
+    """Rank 0, once all else that a run needs is there: make room for a run that begins anew.
 
-    What an older run left under the folder moves into ``earlier-<time>``, but for what a job starts from.
+    It must not be gone on with from an older one's checkpoints, nor show its results. What an older run left under the
+    folder moves into ``earlier-<time>``, but for what a job starts from.
+
+    Raises:
+        UserError: it can't be moved.
     """
+    try:
+        _move_aside(run, note)
+    except OSError as error:
+        raise UserError(
+            f"what an earlier run left in {run.checkpoint.save} can't be moved ({error})",
+            rule="a run that begins anew moves it aside",
+            remedy="move it yourself, or choose another folder",
+            key="checkpoint.save",
+        ) from None
+
+
+def _move_aside(run: RunConfig, note: Callable[[str], None]) -> None:
     folder = run.checkpoint.save
     starts = [job.peft.init_from.resolve() for job in run.jobs if job.peft.init_from is not None]
     outputs = [folder / name for name in RUN_OUTPUTS]
@@ -223,7 +250,7 @@ def _start_afresh(run: RunConfig, note: Callable[[str], None]) -> None:
     for path in moving:
         target = aside / path.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(target)
+        shutil.move(path, target)  # a job's folder may be a link to another disk
     note(f"what an earlier run left in {folder} was moved to {aside}")
 
 

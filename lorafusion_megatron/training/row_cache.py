@@ -23,6 +23,7 @@ from weakref import WeakValueDictionary
 
 from .. import data
 from ..data import DataSource, JobDataset, load_dataset
+from ..data.tokenizer import ADDITIONAL_TEMPLATES
 from ..errors import UserError
 from ..models.files import flush, temporary_folder
 
@@ -214,7 +215,7 @@ class RowCache:
             if source.model not in self._model_files:
                 self._model_files[source.model] = sorted(
                     (path.name, *_stamp(path))
-                    for path in source.model.iterdir()
+                    for path in (*source.model.iterdir(), *source.model.glob(f"{ADDITIONAL_TEMPLATES}/*.jinja"))
                     if path.is_file() and path.suffix not in _WEIGHTS
                 )
             template = source.chat_template

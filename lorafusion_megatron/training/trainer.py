@@ -1,11 +1,13 @@
 """The loop: decide, validate, plan a window, run it through Megatron's schedule, save on the side."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..config.run import RunConfig
+from ..errors import UserError
 from ..mcore.clock import seconds_ahead
 from ..mcore.parallel import Groups
 from ..mcore.rehearsal import rehearse
@@ -28,7 +30,7 @@ from .prefetch import prefetch
 from .progress import Progress
 from .rack import AdapterRack, InjectedModel, build_model
 from .report import RunReport
-from .resume import find_resume
+from .resume import find_resume, start_afresh
 from .roster import Roster
 from .saver import MAX_WAITING, PlanPosition, SaveItem, Saver, plan_saves
 from .setup import Prepared
@@ -62,7 +64,7 @@ class Trainer:
     ) -> None:
         self.prepared, self.groups, self.progress, self.stop = prepared, groups, progress, stop
         self.folder = Path(prepared.run.checkpoint.save)
-        self._lock()
+        self._first(lambda: lock_folder(self.folder, progress.note))
         self.rack = AdapterRack(prepared, groups, model or build_model(prepared, groups))
         self.runner = StreamRunner(
             self.rack.chunks, self.rack.steps, on_applied=self._on_applied, on_report=self._on_report
@@ -82,6 +84,11 @@ class Trainer:
         if self._left is not None and not self.roster.still_plans(self._rest(self._left)):
             progress.note("data, order or length of a job changed: the rest of its window is planned anew")
             self.window, self._left = self.window + 1, None
+        self.loggers: Loggers | None = self._first(
+            lambda: Loggers(self.run, resumed=resumed.path is not None, note=progress.note)
+        )
+        if resumed.path is None:
+            self._first(lambda: start_afresh(prepared.run, progress.note))
         self.report = RunReport(
             self.folder,
             groups,
@@ -92,9 +99,6 @@ class Trainer:
             seconds_ahead(groups),
         )
         self.metrics = MetricsLog(self.folder, resumed.applied_by_name(), progress.note) if groups.is_first else None
-        self.loggers = (
-            Loggers(self.run, resumed=resumed.path is not None, note=progress.note) if groups.is_first else None
-        )
         self.inbox = Inbox(self.folder, progress.note, carried_out=resumed.events, held_window=resumed.held_window)
         self.writer = CheckpointWriter(
             self.folder,
@@ -370,15 +374,16 @@ class Trainer:
     def _report_status(self, state: str) -> None:
         self.report.status(state, window=self.window, last_checkpoint=self.writer.last_state)
 
-    def _lock(self) -> None:
-        """Keep other runs out of the folder.
-
-        Raises:
-            UserError: on every rank, where another process has it.
-        """
-        error = lock_folder(self.folder, self.progress.note) if self.groups.is_first else None
+    def _first[Made](self, make: Callable[[], Made]) -> Made | None:
+        """Do something on rank 0; what a user can mend is raised on every rank."""
+        made, error = None, None
+        try:
+            made = make() if self.groups.is_first else None
+        except UserError as found:
+            error = found
         if (error := self.groups.broadcast(error)) is not None:
             raise error
+        return made
 
     def _close(self, stopped: bool) -> None:
         self.next_window.close()

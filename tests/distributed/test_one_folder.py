@@ -2,10 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
+import tempfile
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from lorafusion_megatron.training.signals import EXIT_STOPPED
 from tests import launch, tiny
@@ -87,3 +90,49 @@ def test_a_run_that_begins_anew_moves_an_older_ones_results_aside_but_not_what_a
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 2 + 4
     launch.train(run_file, "jobs.b.peft.init_from=null")  # goes on with what is there
     assert list(out.glob("earlier-*")) == [aside]
+
+
+def test_a_run_that_can_not_begin_anew_moves_nothing_and_a_folder_on_another_disk_is_moved_too(tmp_path):
+    run_file, out = make(tmp_path, steps=2), tmp_path / "out"
+    (out / "b").parent.mkdir()
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        (out / "b").symlink_to(other)
+        launch.train(run_file)
+        before = {
+            path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != "run.lock"
+        }
+        start_of_a = tmp_path / "init" / "a" / "adapter_model.safetensors"
+        tensors = load_file(start_of_a)
+        save_file(dict(list(tensors.items())[1:]), start_of_a)
+        refused = start(run_file, tmp_path, "checkpoint.resume=never")
+        assert refused.statuses == (2, 2)
+        assert {path: path.stat().st_mtime_ns for path in before} == before, "nothing was moved"
+        save_file(tensors, start_of_a)
+        launch.train(run_file, "checkpoint.resume=never")
+        (aside,) = out.glob("earlier-*")
+        assert (aside / "b" / "adapter_model.safetensors").is_file()
+        assert (out / "b" / "adapter_model.safetensors").is_file()
+
+
+def test_a_job_that_goes_on_may_have_lost_what_it_started_from_and_name_its_targets_in_another_order(tmp_path):
+    run_file, out = make(tmp_path, steps=400), tmp_path / "out"
+    ranks = background(run_file)
+    wait_for_lines(out, 3)
+    os.kill(ranks.processes[0].pid, signal.SIGTERM)
+    assert set(ranks.wait(60.0).statuses) == {EXIT_STOPPED}
+    shutil.rmtree(tmp_path / "init" / "a")
+    run = yaml.safe_load(run_file.read_text())
+    targets = json.loads((tmp_path / "init" / "b" / "adapter_config.json").read_text())["target_modules"]
+    run["jobs"][0]["peft"]["target_modules"] = targets[::-1]
+    for job in run["jobs"]:
+        job["train"]["train_iters"] = 20
+    run_file.write_text(yaml.safe_dump(run))
+    launch.train(run_file)
+    assert statuses(out) == {"a": "finished", "b": "finished"}
+    config = json.loads((out / "a" / "adapter_config.json").read_text())
+    assert os.path.isabs(config["base_model_name_or_path"])
+    run["jobs"][0]["name"] = "A"
+    run_file.write_text(yaml.safe_dump(run))
+    refused = start(run_file, tmp_path)
+    (line,) = [line for output in refused.outputs for line in output.splitlines() if "error" in line]
+    assert "jobs.A.name: A where the checkpoint has a" in line

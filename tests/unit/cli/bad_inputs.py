@@ -39,6 +39,12 @@ def _link(path: Path) -> None:
     path.symlink_to("nowhere")
 
 
+def linked_jobs(case: Case) -> None:
+    """The second job's folder is a link to the first one's."""
+    (case.folder / "out" / "first").mkdir(parents=True)
+    (case.folder / "out" / "second").symlink_to("first")
+
+
 def keys(path: str, value: Any) -> Spoil:
     """Set a key of the run file."""
 
@@ -345,6 +351,8 @@ LAYOUT = (
 )
 
 FOLDERS = (
+    Bad("two jobs write one folder", "jobs[1].name", "a folder of its own", linked_jobs),
+    Bad("rates that are none", "runtime.cost_model", "cost model", keys("runtime.cost_model", "nowhere.json")),
     Bad("model is missing", "base_model.path", "not a directory", lambda case: shutil.rmtree(case.model)),
     Bad("model without config.json", "base_model.path", "config.json", removed("base/config.json")),
     Bad("config.json is broken", "base_model.path", "config.json", truncated("base/config.json")),

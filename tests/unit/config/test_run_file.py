@@ -63,6 +63,14 @@ def test_steps_of_epochs_round_up(run_file: Path) -> None:
     assert load_run(run_file).jobs[0].train.num_steps(99) == 10
 
 
+@pytest.mark.parametrize(("epochs", "rows", "steps"), [(1.1, 50, 55), (0.1, 30, 3), (2.3, 100, 230), (1.15, 100, 115)])
+def test_epochs_are_the_number_that_is_written(run_file: Path, epochs: float, rows: int, steps: int) -> None:
+    train = (
+        load_run(run_file, [f"jobs.two.b.train.epochs={epochs}", "jobs.two.b.train.global_batch_size=1"]).jobs[1].train
+    )
+    assert train.num_steps(rows) == steps
+
+
 @pytest.mark.parametrize(
     ("written", "meant"),
     [("2e-4", 2e-4), ("2.0E-4", 2e-4), ("1", 1.0), (".5", 0.5), ("+3e1", 30.0), ("1_0.5", 10.5), ("5.", 5.0)],

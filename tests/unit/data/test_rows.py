@@ -244,3 +244,85 @@ def test_a_template_that_writes_the_date_writes_that_of_the_data_file(model: Pat
         chat_template="{{ strftime_now('%d %b %Y') }}{% generation %}{{ messages[0]['content'] }}{% endgeneration %}",
     )
     assert tokens(load_dataset(source)) == (byte_ids("24 Nov 2024a"), byte_ids("a"))
+
+
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+TOOL_TEMPLATE = (
+    "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}[{{ m['role'] }}]"
+    "{% for c in m.tool_calls or [] %}{{ c['function'] | tojson }}{% endfor %}{{ m['content'] or '' }};{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def chat(*messages: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """A row of messages."""
+    return {"messages": list(messages), **more}
+
+
+USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)], ids=["list", "text"])
+def test_tools_may_be_json_text_as_tables_hold_them(model: Path, tools: Any) -> None:
+    dataset = load(model, chat(USER, ASSISTANT, tools=tools), chat_template=TOOL_TEMPLATE)
+    assert bytes(tokens(dataset)[0]).decode() == f"{json.dumps(TOOLS[0])}[user]q;[assistant]a;"
+
+
+@pytest.mark.parametrize("tools", ["no JSON", "{}", {"name": "f"}, ["f"], 3], ids=str)
+def test_tools_of_another_kind_are_refused(model: Path, tools: Any) -> None:
+    with pytest.raises(UserError, match="tools is not a list of objects"):
+        load(model, chat(USER, ASSISTANT, tools=tools), chat_template=TOOL_TEMPLATE)
+
+
+@pytest.mark.parametrize("where", ["config", "files"])
+def test_rows_with_tools_take_the_template_for_them(model: Path, where: str) -> None:
+    plain = f"<{TOOL_TEMPLATE}"
+    (model / "chat_template.jinja").unlink()
+    if where == "config":
+        named = [{"name": "default", "template": plain}, {"name": "tool_use", "template": TOOL_TEMPLATE}]
+        edit(model / "tokenizer_config.json", chat_template=named)
+    else:
+        (model / "chat_template.jinja").write_text(plain)
+        (model / "additional_chat_templates").mkdir()
+        (model / "additional_chat_templates" / "tool_use.jinja").write_text(TOOL_TEMPLATE)
+    dataset = load(model, chat(USER, ASSISTANT), chat(USER, ASSISTANT, tools=[]))
+    assert [bytes(tokens(dataset, row)[0]).decode()[0] for row in (0, 1)] == ["<", "["]
+    given = load(model, chat(USER, ASSISTANT, tools=[]), chat_template=plain)
+    assert bytes(tokens(given)[0]).decode()[0] == "<", "the job's own serves for all"
+
+
+def test_a_turn_of_tool_calls_needs_no_content_where_the_template_knows_them(model: Path) -> None:
+    calls = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    labels = tokens(load(model, chat(USER, calls), chat_template=TOOL_TEMPLATE))[1]
+    assert bytes(labels).decode() == '{"name": "f"};'
+    with pytest.raises(UserError, match="knows nothing of tool_calls"):
+        load(model, chat(USER, calls))
+    with pytest.raises(UserError, match="not a list of turns"):
+        load(model, chat(USER, {"role": "assistant", "content": None, "tool_calls": []}), chat_template=TOOL_TEMPLATE)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% set x %}{% generation %}{{ messages[1]['content'] }}{% endgeneration %}{% endset %}long{{ x }}",
+        "{% macro m() %}{% generation %}{{ messages[1]['content'] }}{% endgeneration %}{% endmacro %}{{ 'x' + m() }}",
+        "long{% filter upper %}{% generation %}{{ messages[1]['content'] }}{% endgeneration %}{% endfilter %}",
+    ],
+    ids=["set", "macro", "filter"],
+)
+def test_marks_whose_place_can_not_be_known_are_refused(model: Path, template: str) -> None:
+    with pytest.raises(UserError, match="within a macro, a set block or a filter"):
+        load(model, chat(USER, ASSISTANT), chat_template=template)
+
+
+def test_a_template_that_takes_no_beginning_alone_is_told_as_that(model: Path) -> None:
+    template = "{{ messages[0]['role'] }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(UserError, match="not what stands before message 0 alone"):
+        load(model, chat(ASSISTANT), chat_template=template)
+
+
+def test_a_pipe_is_no_data_file(model: Path) -> None:
+    path = model.parent / "rows.jsonl"
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="is a pipe"):
+        load_dataset(DataSource(path=path, key="k", model=model, vocab_size=VOCABULARY))

@@ -127,3 +127,28 @@ def test_code_in_the_folder_runs_only_if_asked(tmp_path: Path) -> None:
     trusted = TextTokenizer(folder, trust_remote_code=True, key="k")
     assert (tmp_path / "ran").exists()
     assert trusted.encode("a") == [97]
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [
+        {"tokenizer_config.json": {"eos_token": "<|tool|>"}},
+        {"tokenizer_config.json": {"extra_special_tokens": ["<|tool|>"]}},
+        {"tokenizer_config.json": {"additional_special_tokens": ["<|tool|>"]}},
+        {"added_tokens.json": {"<|tool|>": 259}},
+        {"special_tokens_map.json": {"eos_token": "<|im_start|>"}},
+    ],
+    ids=["eos", "extra", "additional", "added", "map"],
+)
+def test_tokens_that_other_files_declare_are_those_of_transformers(tmp_path: Path, declared: dict[str, Any]) -> None:
+    from transformers import AutoTokenizer
+
+    folder = write_tokenizer(write_model(tmp_path / "base"))
+    for name, values in declared.items():
+        path = folder / name
+        path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | values))
+    theirs = AutoTokenizer.from_pretrained(folder)
+    ours = TextTokenizer(folder, trust_remote_code=False, key="k")
+    assert ours.eos_id == theirs.eos_token_id
+    for text in ("a<|tool|>b", *TEXTS):
+        assert ours.bos_ids + ours.encode(text) == theirs(text)["input_ids"], text

@@ -49,6 +49,15 @@ def test_any_window_is_planned_exactly(
     assert build_schedule(jobs, options) == schedule
 
 
+@pytest.mark.parametrize("pipeline", [(4, 2), (4, 3), (5, 2), (6, 2), (8, 2), (3, 4)], ids=str)
+@pytest.mark.parametrize("samples", [1, 3, 5])
+def test_interleaved_windows_of_any_length_are_planned(pipeline: tuple[int, int], samples: int) -> None:
+    """Streams are weighed before they are filled up to whole groups, without which the order can't end."""
+    jobs = batches([[[60] * samples] * 3, [[40] * samples] * 4], jobs=range(2))
+    options = PlanOptions(token_capacity=64, stages=pipeline[0], virtual_stages=pipeline[1])
+    _check(build_schedule(jobs, options), jobs, options)
+
+
 def _check(schedule: Schedule, jobs: list, options: PlanOptions) -> None:  # type: ignore[type-arg]
     """The contract of a schedule, written down a second time without the planner's own checks."""
     distance = options.pipeline.distance()

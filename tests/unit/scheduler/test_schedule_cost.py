@@ -1,5 +1,6 @@
 """The cost model, its fit, the stage split and the bounds."""
 
+import json
 import random
 from itertools import product
 from pathlib import Path
@@ -89,6 +90,27 @@ def test_saved_model_is_read_back(tmp_path: Path) -> None:
 def test_a_broken_saved_model_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "cost.json").write_text(text)
     with pytest.raises(UserError, match="cost model is the JSON file"):
+        CostModel.load(tmp_path / "cost.json")
+
+
+@pytest.mark.parametrize(
+    ("rate", "value"),
+    [("layer_token", "NaN"), ("fixed", "Infinity"), ("layer_square", "-1e-9"), ("fixed", '"a"'), ("fixed", "true")],
+)
+def test_rates_that_are_no_seconds_are_refused(tmp_path: Path, rate: str, value: str) -> None:
+    COST.save(tmp_path / "cost.json")
+    saved = json.loads((tmp_path / "cost.json").read_text())
+    saved["backward"][rate] = "VALUE"
+    (tmp_path / "cost.json").write_text(json.dumps(saved).replace('"VALUE"', value))
+    with pytest.raises(UserError, match=f"backward.{rate}") as refused:
+        CostModel.load(tmp_path / "cost.json", key="runtime.cost_model")
+    assert refused.value.key == "runtime.cost_model"
+
+
+@pytest.mark.parametrize("text", ['{"forward": {}, "backward": {}}', "[" * 100_000], ids=["nothing", "deep"])
+def test_rates_without_which_no_plan_can_be_made_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "cost.json").write_text(text)
+    with pytest.raises(UserError, match="a cost model is the JSON file"):
         CostModel.load(tmp_path / "cost.json")
 
 

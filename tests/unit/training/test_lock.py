@@ -13,8 +13,12 @@ from lorafusion_megatron.training.lock import lock_folder, unlock_folder
 
 
 def _try(folder, out) -> None:
-    error = lock_folder(folder, print)
-    out.put(None if error is None else pickle.dumps(error))
+    try:
+        lock_folder(folder, print)
+    except UserError as error:
+        out.put(pickle.dumps(error))
+    else:
+        out.put(None)
 
 
 def from_another_process(folder) -> UserError | None:
@@ -30,8 +34,8 @@ def from_another_process(folder) -> UserError | None:
 
 def test_it_keeps_other_processes_out_until_it_is_given_back_and_never_its_own(tmp_path):
     folder = tmp_path / "new" / "out"
-    assert lock_folder(folder, pytest.fail) is None
-    assert lock_folder(folder.parent / "." / "out", pytest.fail) is None
+    lock_folder(folder, pytest.fail)
+    lock_folder(folder.parent / "." / "out", pytest.fail)
     error = from_another_process(folder)
     assert isinstance(error, UserError)
     assert error.key == "checkpoint.save"
@@ -47,7 +51,7 @@ def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     notes = []
-    assert lock_folder(tmp_path, notes.append) is None
+    lock_folder(tmp_path, notes.append)
     unlock_folder(tmp_path)
     assert len(notes) == 1
     assert "No locks available" in notes[0]
@@ -55,9 +59,29 @@ def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch):
 
 def test_a_folder_that_is_a_file_is_one_line(tmp_path):
     (tmp_path / "out").touch()
-    error = lock_folder(tmp_path / "out", pytest.fail)
-    assert error is not None
-    assert error.key == "checkpoint.save"
+    with pytest.raises(UserError) as refused:
+        lock_folder(tmp_path / "out", pytest.fail)
+    assert refused.value.key == "checkpoint.save"
+
+
+def test_a_full_disk_keeps_nobody_out_of_his_own_folder(tmp_path, monkeypatch):
+    class Full:
+        """A file on a disk without room."""
+
+        def __init__(self, file):
+            self._file = file
+
+        def __getattr__(self, name):
+            return getattr(self._file, name)
+
+        def flush(self):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    opened = type(tmp_path).open
+    monkeypatch.setattr(type(tmp_path), "open", lambda path, *mode: Full(opened(path, *mode)))
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    lock_folder(tmp_path, pytest.fail)
+    unlock_folder(tmp_path)
 
 
 def test_an_error_crosses_processes_whole():

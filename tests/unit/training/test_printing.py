@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -158,9 +159,11 @@ class HalfRaw(io.RawIOBase):
         return len(taken) or None
 
 
-def test_a_line_that_was_cut_off_is_ended_before_the_next_one() -> None:
+@pytest.mark.parametrize("buffered", [True, False], ids=["buffered", "PYTHONUNBUFFERED"])
+def test_a_line_that_was_cut_off_is_ended_before_the_next_one(buffered: bool) -> None:
     raw = HalfRaw()
-    printer = Printer(io.TextIOWrapper(io.BufferedWriter(raw)))
+    stream: Any = io.BufferedWriter(raw) if buffered else raw
+    printer = Printer(io.TextIOWrapper(stream, write_through=not buffered))
     printer.line("first")
     printer.line("second")
     raw.room = 1000

@@ -100,6 +100,12 @@ def _other_template(source):
     return source
 
 
+def _tool_template(source):
+    (source.model / "additional_chat_templates").mkdir()
+    (source.model / "additional_chat_templates" / "tool_use.jinja").write_text(CHATML)
+    return source
+
+
 def _own_template(source):
     return replace(source, chat_template=CHATML + "{# own #}")
 
@@ -116,13 +122,24 @@ def _template_file(source):
         _same_size_other_content,
         _other_file_with_the_same_times,
         _other_template,
+        _tool_template,
         _own_template,
         _template_file,
         lambda source: replace(source, max_length=24, truncate=True),
         lambda source: replace(source, max_length=4000),
         lambda source: replace(source, vocab_size=VOCABULARY + 1),
     ],
-    ids=["content", "replaced", "model's template", "own template", "template file", "truncate", "limit", "vocabulary"],
+    ids=[
+        "content",
+        "replaced",
+        "model's template",
+        "tool template",
+        "own template",
+        "template file",
+        "truncate",
+        "limit",
+        "vocabulary",
+    ],
 )
 def test_whatever_rows_depend_on_makes_them_anew(tmp_path, change, reads):
     source = make(tmp_path)

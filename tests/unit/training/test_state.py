@@ -227,5 +227,14 @@ def test_the_step_folders_that_were_written_last_are_kept(tmp_path):
         folder.mkdir()
         os.utime(folder, ns=(order * 10**9, order * 10**9))
     (tmp_path / "step_best").mkdir()
-    _drop_old_steps(tmp_path, 2)
+    _drop_old_steps(tmp_path, 2, {20, 30})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_20", "step_30", "step_best"]
+
+
+def test_a_step_that_was_just_written_is_kept_though_the_clock_went_back(tmp_path):
+    for step, time in ((10, 9), (20, 9), (30, 1)):
+        folder = tmp_path / f"step_{step}"
+        folder.mkdir()
+        os.utime(folder, ns=(time * 10**9, time * 10**9))
+    _drop_old_steps(tmp_path, 2, {30})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_20", "step_30"]

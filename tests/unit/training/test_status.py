@@ -4,10 +4,14 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from lorafusion_megatron.cli.main import main
+from lorafusion_megatron.config.build import Builder
+from lorafusion_megatron.config.job import JobConfig
+from lorafusion_megatron.config.yaml_reader import parse_yaml
 from lorafusion_megatron.errors import UserError
 from lorafusion_megatron.training.status import read_status, sparkline
 
@@ -188,6 +192,15 @@ def test_a_job_files_name_may_be_as_long_as_a_name_can_be(run_dir, capsys):
     assert main(["job", "add", str(run_dir), str(file)]) == 0
     (request,) = (run_dir / "inbox").iterdir()
     assert request.name.endswith(f"-{name}.yaml")
+
+
+def test_a_name_that_yaml_takes_for_a_number_is_asked_for_as_a_name(run_dir, capsys):
+    file = run_dir / "job.yaml"
+    file.write_text('name: "12e5"\ndataset: {path: x}\ntrain: {global_batch_size: 1, train_iters: 1}\n')
+    assert main(["job", "add", str(run_dir), str(file)]) == 0
+    (request,) = (run_dir / "inbox").iterdir()
+    job = Builder(run_dir).section(JobConfig, parse_yaml(request.read_text(), source="request"), "request")
+    assert (job.name, job.dataset.path) == ("12e5", Path("x").absolute())
 
 
 def test_an_inbox_that_is_a_file_is_one_line(run_dir, capsys):
