@@ -39,12 +39,13 @@ type Tokens = tuple[list[int], list[bool]]
 
 
 def kind_of(row: dict[str, object], place: str, key: str) -> str:
-    """Which kind a row is.
+    """Which kind a row is. Fields that are null count where no others do: tables of several kinds fill rows up.
 
     Raises:
         UserError: it fits none, or two.
     """
-    fitting = [kind for kind, fields in KINDS.items() if all(field in row for field in fields)]
+    fitting = [kind for kind, fields in KINDS.items() if all(row.get(field) is not None for field in fields)]
+    fitting = fitting or [kind for kind, fields in KINDS.items() if all(field in row for field in fields)]
     if len(fitting) == 1:
         return fitting[0]
     kinds = ", ".join("+".join(fields) for fields in KINDS.values())

@@ -326,3 +326,10 @@ def test_a_pipe_is_no_data_file(model: Path) -> None:
     os.mkfifo(path)
     with pytest.raises(UserError, match="is a pipe"):
         load_dataset(DataSource(path=path, key="k", model=model, vocab_size=VOCABULARY))
+
+
+def test_columns_that_a_table_filled_up_with_null_make_no_second_kind(model: Path) -> None:
+    dataset = load(model, {"text": "ab", "messages": None, "prompt": None, "completion": None})
+    assert tokens(dataset)[0] == [*byte_ids("ab"), EOS]
+    with pytest.raises(UserError, match="text is not text"):
+        load(model, {"text": None})
