@@ -146,7 +146,7 @@ class Roster:
                 remedy="add it again when another job has ended",
                 key=f"jobs.{job.name}",
             )
-        trouble = self._agree([error])[0]
+        trouble = self._agree([job], [error])[0]
         if trouble is None:
             return None
         if job.slot is not None:
@@ -171,7 +171,7 @@ class Roster:
                 errors[-1] = error
         digests = [_digest(job) if self._groups.size > 1 else "" for job in jobs]
         troubles = {}
-        for job, error in zip(jobs, self._agree(errors, digests), strict=True):
+        for job, error in zip(jobs, self._agree(jobs, errors, digests), strict=True):
             if error is not None:
                 if job.name in self._ours:
                     raise error
@@ -204,28 +204,32 @@ class Roster:
             tensors = load_initial_adapter(folder, self._prepared.spec, spec, key=key)
         except UserError as found:
             error = found
-        error = self._agree([error], [_tensors_digest(tensors or {}) if self._groups.size > 1 else ""])[0]
+        digest = _tensors_digest(tensors or {}) if self._groups.size > 1 else ""
+        error = self._agree([job], [error], [digest])[0]
         if error is not None and job.name in self._ours:
             raise error
         return tensors, None if error is None else str(error)
 
-    def _agree(self, errors: Sequence[UserError | None], digests: Sequence[str] = ()) -> list[UserError | None]:
-        """What is wrong with each of some things on the first rank that has trouble with it.
+    def _agree(
+        self, jobs: Sequence[Job], errors: Sequence[UserError | None], digests: Sequence[str] = ()
+    ) -> list[UserError | None]:
+        """What is wrong with each of some jobs on the first rank that has trouble with it.
 
         Args:
+            jobs: the jobs.
             errors: this rank's.
             digests: of what this rank has read for them; that it is not what rank 0 has is an error too.
         """
         everyone = self._groups.gather((list(errors), list(digests)))
         agreed: list[UserError | None] = []
-        for place in range(len(errors)) if everyone is not None else ():
+        for place, job in enumerate(jobs) if everyone is not None else ():
             assert everyone is not None
             found = [(rank, theirs[place]) for rank, (theirs, _) in enumerate(everyone) if theirs[place] is not None]
             others = [rank for rank, (_, theirs) in enumerate(everyone) if digests and theirs[place] != digests[place]]
             if found:
                 agreed.append(found[0][1])
             elif others:
-                agreed.append(_difference(others[0]))
+                agreed.append(_difference(job.name, others[0]))
             else:
                 agreed.append(None)
         out: list[UserError | None] = self._groups.broadcast(agreed)
@@ -257,12 +261,12 @@ def _job(index: int, config: JobConfig, resumed: Resumed) -> Job:
     return job
 
 
-def _difference(rank: int) -> UserError:
+def _difference(name: str, rank: int) -> UserError:
     return UserError(
         f"rank {rank} has read something else than rank 0",
         rule="all ranks train on the same rows and start from the same adapter",
         remedy="give every host the same files, which nobody may write meanwhile",
-        key="jobs",
+        key=f"jobs.{name}",
     )
 
 

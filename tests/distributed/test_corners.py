@@ -236,7 +236,7 @@ def test_ranks_that_read_different_files_are_told_before_they_train(what, tmp_pa
     else:
         assert finished.statuses == (2, 2)
         (line,) = [line for output in finished.outputs for line in output.splitlines() if "error" in line]
-        assert text in line
+        assert f"jobs.a: {text}" in line
 
 
 def on_another_host(words: list[str]) -> int:
