@@ -45,6 +45,11 @@ def convert(folder: Path, *, trust_remote_code: bool) -> dict[str, Any]:
     }
 
 
+def same_imports() -> dict[str, str]:
+    """Environment in which a process started with ``-P`` imports from where this one does."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path)}
+
+
 def convert_apart(folder: Path, *, trust_remote_code: bool) -> dict[str, Any]:
     """`convert`, in a process of its own where this one has not imported torch yet.
 
@@ -55,7 +60,7 @@ def convert_apart(folder: Path, *, trust_remote_code: bool) -> dict[str, Any]:
     """
     if "torch" in sys.modules:
         return convert(folder, trust_remote_code=trust_remote_code)
-    words = [sys.executable, "-m", __name__, str(folder), *(["--trust-remote-code"] if trust_remote_code else [])]
+    words = [sys.executable, "-P", "-m", __name__, str(folder), *(["--trust-remote-code"] if trust_remote_code else [])]
     try:
         done = subprocess.run(
             words,
@@ -63,7 +68,7 @@ def convert_apart(folder: Path, *, trust_remote_code: bool) -> dict[str, Any]:
             text=True,
             timeout=TIMEOUT_SECONDS,
             stdin=subprocess.DEVNULL,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            env=same_imports() | {"HF_HUB_OFFLINE": "1"},
         )
     except subprocess.TimeoutExpired:
         raise ValueError(f"Transformers took more than {TIMEOUT_SECONDS} s") from None

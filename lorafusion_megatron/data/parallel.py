@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Self
 
+from lorafusion_megatron.data.conversion import same_imports
 from lorafusion_megatron.data.dataset import DatasetBuilder
 from lorafusion_megatron.data.encode import Row, encode_rows
 from lorafusion_megatron.data.rows import FirstRow, RowTokenizer
@@ -91,9 +92,11 @@ class _Worker:
 
     def __init__(self) -> None:
         self._pipe, theirs = Pipe()
-        words = [sys.executable, "-c", f"from {__name__} import main; main({theirs.fileno()})"]
+        words = [sys.executable, "-P", "-c", f"from {__name__} import main; main({theirs.fileno()})"]
         try:
-            self._process = subprocess.Popen(words, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL)
+            self._process = subprocess.Popen(
+                words, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=same_imports()
+            )
         except OSError:
             raise WorkerLostError from None
         finally:

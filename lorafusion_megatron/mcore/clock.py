@@ -1,5 +1,6 @@
 """Marks in time on the stream of work: the host's clock on the CPU, CUDA events on a GPU."""
 
+import socket
 import statistics
 import time
 from collections.abc import Sequence
@@ -72,15 +73,18 @@ def seconds_ahead(groups: Groups, *, rounds: int = 5) -> float:
     It counts from each host's start. On rank 0's own host this is 0; on others the median over rounds in which all
     ranks leave a barrier at once, right within a fraction of a millisecond or as slow as their network.
     """
-    ahead = []
-    for _ in range(rounds):
+    ahead, boot, first_boot = [], _boot(), ""
+    for _ in range(rounds if groups.size > 1 else 0):
         dist.barrier(group=groups.objects)
         now = time.perf_counter()
-        first_boot, first = groups.broadcast((_boot(), now))
+        first_boot, first = groups.broadcast((boot, now))
         ahead.append(now - first)
-    return 0.0 if _boot() == first_boot else statistics.median(ahead)
+    return statistics.median(ahead) if ahead and boot != first_boot else 0.0
 
 
 def _boot() -> str:
     """What tells this start of this machine from all others."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text()
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        return socket.gethostname()

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from lorafusion_megatron.config import JobConfig, RunConfig
@@ -40,7 +41,7 @@ def check_run(run: RunConfig, spec: ModelSpec) -> list[str]:
         folder, key = run.checkpoint.save / job.name, f"jobs[{index}].name"
         if os.path.lexists(folder):
             _check_writable(folder, "the job's adapter is written there", "move it away, or rename the job", key)
-    _check_apart(run)
+    check_apart(run.checkpoint.save, [job.name for job in run.jobs])
     check_loggers(run.logger)
     notes = []
     if run.model.sequence_parallel and run.model.tensor_model_parallel_size == 1:
@@ -109,19 +110,27 @@ def check_dataset(
     return notes
 
 
-def _check_apart(run: RunConfig) -> None:
-    """Jobs whose folders are links must not write into one."""
+def check_apart(save: Path, names: Sequence[str]) -> None:
+    """Jobs whose folders are links must not write into one.
+
+    Args:
+        save: the run's folder.
+        names: of its jobs.
+
+    Raises:
+        UserError: two of them lead to one folder.
+    """
     places: dict[str, str] = {}
-    for index, job in enumerate(run.jobs):
-        place = os.path.realpath(run.checkpoint.save / job.name)
+    for name in names:
+        place = os.path.realpath(save / name)
         if place in places:
             raise UserError(
-                f"{run.checkpoint.save / job.name} and {run.checkpoint.save / places[place]} are {place}",
+                f"{save / name} and {save / places[place]} are {place}",
                 rule="each job has a folder of its own",
                 remedy="remove the link, or rename the job",
-                key=f"jobs[{index}].name",
+                key=f"jobs.{name}.name",
             )
-        places[place] = job.name
+        places[place] = name
 
 
 def _check_stages(run: RunConfig, spec: ModelSpec) -> None:

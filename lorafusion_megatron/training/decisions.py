@@ -8,6 +8,7 @@ import torch
 from ..config.build import Builder
 from ..config.job import JobConfig
 from ..mcore.parallel import Groups
+from .checks import check_apart
 from .jobs import Job
 from .lifecycle import Inbox
 from .new_jobs import NewJobs, check_room
@@ -84,6 +85,7 @@ class Decisions:
         """Whether a new job is found good; False where that is not known yet."""
         if not self._new_jobs.check(config):
             return False
+        check_apart(self._prepared.run.checkpoint.save, [*self._roster.names, config.name])
         if self._groups.device.type == "cuda":
             mounted = [job.config for job in self._roster.jobs.values() if job.slot is not None]
             room = torch.cuda.get_device_properties(self._groups.device).total_memory

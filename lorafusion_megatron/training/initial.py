@@ -22,7 +22,7 @@ def check_initial_adapters(run: RunConfig, spec: ModelSpec) -> None:
         the common mistakes apart within milliseconds and without torch. A job that goes on from a checkpoint needs no
         such folder any more.
     """
-    going_on = _names_in_newest_checkpoint(run)
+    going_on = _begun_before(run)
     for index, job in enumerate(run.jobs):
         if job.peft.init_from is not None and job.name not in going_on:
             key = f"jobs[{index}].peft.init_from"
@@ -30,15 +30,17 @@ def check_initial_adapters(run: RunConfig, spec: ModelSpec) -> None:
             _check_weights(job.peft.init_from / "adapter_model.safetensors", job.peft.r, key)
 
 
-def _names_in_newest_checkpoint(run: RunConfig) -> set[str]:
-    """Jobs whose adapter the newest checkpoint of the run's folder holds, as its manifest says, whole or not."""
+def _begun_before(run: RunConfig) -> set[str]:
+    """Jobs that go on from the newest checkpoint of the run's folder or have ended, as its manifest says."""
     states = run.checkpoint.save / "state"
     if run.checkpoint.resume == "never" or not states.is_dir():
         return set()
     newest = max((path for path in states.iterdir() if path.name.isdigit()), default=None)
     try:
         manifest = json.loads((newest / "manifest.json").read_text()) if newest else {"jobs": []}
-        return {job["name"] for job in manifest["jobs"] if job["counters"]}
+        return {
+            job["name"] for job in manifest["jobs"] if job["counters"] or job["status"] not in ("running", "paused")
+        }
     except (OSError, ValueError, KeyError, TypeError):  # the run will say what is wrong with it
         return set()
 

@@ -73,6 +73,7 @@ def load_inputs(run: RunConfig, rows: RowCache, *, padding_multiple: int = 1) ->
         notes += (
             f"tokenized rows can't be kept in {rows.folder} ({rows.trouble}): each rank reads all data and holds it",
         )
+        rows.trouble = None
     return Inputs(spec=spec, datasets=datasets, eval_datasets=eval_datasets, notes=tuple(notes))
 
 

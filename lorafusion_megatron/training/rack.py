@@ -130,9 +130,9 @@ class AdapterRack:
         job.slot = None
 
     def _rule(self, job: Job) -> StepRule:
-        config, total = job.config, job.num_steps
+        config = job.config
         return StepRule(
-            lr_at=lambda step: config.lr_at(step, total),
+            lr_at=lambda step: config.lr_at(step, job.num_steps),
             betas=(config.optimizer.adam_beta1, config.optimizer.adam_beta2),
             eps=config.optimizer.adam_eps,
             weight_decay=config.optimizer.weight_decay,

@@ -49,9 +49,10 @@ class Roster:
         troubles = self._load(mounting)
         for job in mounting:
             self._mount(job, troubles.get(job.index), resumed)
-        used = groups.gather(prepared.rows.used)
-        if used is not None:  # every rank has its rows, and nobody looks for others yet
-            prepared.rows.drop(set().union(*used))
+        prepared.datasets.clear()
+        prepared.eval_datasets.clear()
+        if groups.is_first:
+            prepared.rows.drop_old()
 
     @property
     def names(self) -> list[str]:
@@ -169,6 +170,19 @@ class Roster:
                 self._read(job)
             except UserError as error:
                 errors[-1] = error
+            except OSError as error:  # a file that went away between two looks at it
+                errors[-1] = UserError(
+                    f"its data can't be read ({error})",
+                    rule="every rank reads it",
+                    remedy="check the files",
+                    key=f"jobs.{job.name}",
+                )
+        rows = self._prepared.rows
+        if rows.trouble is not None:
+            self._note(
+                f"tokenized rows can't be kept in {rows.folder} ({rows.trouble}): each rank holds them in memory"
+            )
+            rows.trouble = None
         digests = [_digest(job) if self._groups.size > 1 else "" for job in jobs]
         troubles = {}
         for job, error in zip(jobs, self._agree(jobs, errors, digests), strict=True):

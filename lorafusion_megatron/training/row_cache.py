@@ -12,7 +12,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -34,6 +35,8 @@ LARGE = 4 << 20
 """Bytes of a data file from which several processes tokenize: some seconds of one."""
 MOST_WORKERS = 16
 """Processes that one reader can keep busy: it takes their rows out of JSON, which is a twentieth of the work."""
+KEPT_SECONDS = 7 * 86400.0
+"""Time without a use after which rows are removed."""
 TOLD = 32 << 20
 """Bytes of a data file from which its reading, of half a minute or more, is told."""
 _LIBRARIES = ("tokenizers", "transformers", "sentencepiece", "tiktoken", "jinja2")
@@ -68,6 +71,8 @@ class RowCache:
         """Keys of the rows that this rank has asked for."""
         self.trouble: str | None = None
         """Why rows could not be kept on disk, where that failed."""
+        self._held: dict[tuple[str, Path], JobDataset] = {}
+        """What `share_out` has read and could not keep on disk, until it is asked for."""
         self._made: set[str] = set()
         self._made_folders: list[Path] = []
         self._open_sets: WeakValueDictionary[tuple[str, Path], JobDataset] = WeakValueDictionary()
@@ -83,7 +88,7 @@ class RowCache:
         if key is None:
             return _read(source)
         self.used.add(key)
-        rows = self._open_sets.get((key, source.path))
+        rows = self._held.pop((key, source.path), None) or self._open_sets.get((key, source.path))
         if rows is None:
             rows = self._rows(key, source)
             self._open_sets[key, source.path] = rows
@@ -104,17 +109,17 @@ class RowCache:
             self.used.add(key)
             with suppress(UserError), self._lock(key, wait=False) as ours:
                 if ours and self._mapped(key, source) is None:  # it may have come while the lock was asked for
-                    self._make(key, source)
+                    rows = self._make(key, source)
+                    if self.trouble is not None:  # only this rank has it, and nothing is gained by going on
+                        self._open_sets[key, source.path] = self._held[key, source.path] = rows
+                        return
 
-    def drop(self, keep: Collection[str]) -> None:
-        """Remove what no job of the run needs any more; no process may be at work there.
-
-        Args:
-            keep: keys that any rank uses.
-        """
+    def drop_old(self) -> None:
+        """Remove what nobody has used for `KEPT_SECONDS`: jobs that left, data that changed, what a kill left."""
         with suppress(OSError):
             for path in list(self.folder.iterdir()) if self.folder else []:
-                if path.name.lstrip(".").split(".")[0] not in keep:
+                key, age = path.name.lstrip(".").split(".")[0], time.time() - path.stat().st_mtime
+                if key not in self.used and age > KEPT_SECONDS:
                     _remove(path)
 
     def discard(self) -> None:
@@ -125,7 +130,7 @@ class RowCache:
             _remove(self.folder / f"{key}.lock")  # a process that waits for it reads for itself
             if key in self._made:
                 _remove(self.folder / key)
-        for folder in reversed(self._made_folders):
+        for folder in (self.folder, *reversed(self._made_folders)):
             with suppress(OSError):  # not empty: another process is at work
                 folder.rmdir()
 
@@ -135,29 +140,34 @@ class RowCache:
             return rows
         if not self._write or not self._is_kept(source):
             return _read(source)
+        with self._lock(key, wait=False) as ours:
+            if ours:
+                rows = self._mapped(key, source)
+                return self._make(key, source) if rows is None else rows
         with self._lock(key, wait=True):
             rows = self._mapped(key, source)
-            return self._make(key, source) if rows is None else rows
+        # Those that the other one could not read or keep are read by all that waited at once, not in turn.
+        return _read(source) if rows is None else rows
 
     def _is_kept(self, source: DataSource) -> bool:
-        try:
-            return self.folder is not None and source.path.stat().st_size >= SMALL
-        except OSError:
-            return False
+        return self.folder is not None and _size(source) >= SMALL
 
     def _mapped(self, key: str, source: DataSource) -> JobDataset | None:
         """The rows on disk; None where they are missing or not whole."""
         if self.folder is None:
             return None
         try:
-            return JobDataset.open(self.folder / key, source.path)
+            rows = JobDataset.open(self.folder / key, source.path)
+            with suppress(OSError):
+                os.utime(self.folder / key)
+            return rows
         except Exception:  # damaged files make NumPy raise many kinds
             return None
 
     def _make(self, key: str, source: DataSource) -> JobDataset:
         """Read the data file and keep its rows."""
         assert self.folder is not None
-        size = source.path.stat().st_size
+        size = _size(source)
         if size >= TOLD and self._say is not None:
             self._say(f"rank {self._rank} reads {source.path} ({size / 1e6:.0f} MB)")
         rows = _read(source)
@@ -234,11 +244,16 @@ class RowCache:
 def _read(source: DataSource) -> JobDataset:
     """Read a data file, a large one with a quarter of the machine's processors: other ranks may read others."""
     workers = min(MOST_WORKERS, len(os.sched_getaffinity(0)) // 4)
+    several = _size(source) >= LARGE and workers > 1 and not current_process().daemon
+    return load_dataset(source, workers=workers if several else 1)
+
+
+def _size(source: DataSource) -> int:
+    """Bytes of a data file; 0 where it is missing, which is told when it is read."""
     try:
-        large = source.path.stat().st_size >= LARGE
-    except OSError:  # what is missing is told when it is read
-        large = False
-    return load_dataset(source, workers=workers if large and workers > 1 and not current_process().daemon else 1)
+        return source.path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _stamp(path: Path) -> tuple[int, int, int, int]:

@@ -7,6 +7,7 @@ gathers the shards on rank 0 over a group of its own, and rank 0 writes. The pip
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -19,7 +20,10 @@ from ..types import Schedule
 from .state import PARTS
 
 MAX_WAITING = 2
-"""Checkpoints that may wait for the disk when a window begins; with more, the window makes none."""
+"""Checkpoints that may wait for the disk, the oldest of them for `PATIENCE_SECONDS`; with as many, no further ones are
+made until one is written."""
+PATIENCE_SECONDS = 20.0
+"""Time in which a disk that works writes several checkpoints that came close together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,23 +135,23 @@ class Saver:
         self._write_adapter, self._write_state = write_adapter, write_state
         self._queue: queue.Queue[SaveItem | None] = queue.Queue()
         self._open: list[SaveItem] = []
-        self._unwritten = 0
-        self._count = threading.Lock()
+        self._waiting: dict[int, float] = {}
+        """Checkpoints whose copies are made and not written yet -> since when, by `time.monotonic`."""
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="saver", daemon=True)
         self._thread.start()
 
     @property
     def is_behind(self) -> bool:
-        """Whether so many checkpoints wait that no more should be made: each holds copies on the device."""
-        return self._unwritten >= MAX_WAITING
+        """Whether checkpoints wait so long that no more should be made: each holds copies on the device."""
+        waiting = list(self._waiting.values())
+        return len(waiting) >= MAX_WAITING and time.monotonic() - min(waiting) >= PATIENCE_SECONDS
 
     def expect(self, items: Sequence[SaveItem]) -> None:
         """Queue what the next window saves; the same on every rank."""
         self.check()
         self._open += items
         for item in items:
-            self._note(item, 1)
             self._queue.put(item)
 
     def offer(self, job: int, step: int, shard: AdapterShard, copy: Copy) -> None:
@@ -162,14 +166,27 @@ class Saver:
         if wanting:
             snapshot = copy(moments=any(item.cut is not None for item in wanting))
             for item in wanting:
+                if item.cut is not None and len(item.got) + 1 == len(item.wants):
+                    self._waiting[id(item)] = time.monotonic()
                 item.fill(job, shard, snapshot)
+
+    def leave_out(self, first: int, last: int) -> int:
+        """Make no checkpoint whose cut lies right after one of these positions, on every rank alike; how many.
+
+        No rank may have come to them: what they hold of jobs whose steps ended before is let go of.
+        """
+        left_out = [item for item in self._open if item.cut is not None and first < item.cut <= last + 1]
+        for item in left_out:
+            assert not item.ready.is_set(), "a checkpoint is left out before any rank has come to its place"
+            self._open.remove(item)
+            _drop(item)
+        return len(left_out)
 
     def close_window(self) -> None:
         """The window is over: what a stop kept from being filled is dropped, the same on every rank."""
         for item in self._open:
             if not item.ready.is_set():
-                item.dropped = True
-                item.ready.set()
+                _drop(item)
         self._open.clear()
 
     def drain(self) -> None:
@@ -204,15 +221,10 @@ class Saver:
         except BaseException as error:
             self._error = error
         finally:
-            self._note(item, -1)
+            self._waiting.pop(id(item), None)
             del item  # before `drain` returns: its copies must not outlive a job that leaves
             self._queue.task_done()
         return more
-
-    def _note(self, item: SaveItem | None, change: int) -> None:
-        if item is not None and item.cut is not None:
-            with self._count:
-                self._unwritten += change
 
     def _save(self, item: SaveItem) -> None:
         if item.cut is not None:
@@ -223,6 +235,12 @@ class Saver:
         factors = gather_factors(shard.pieces(snapshot.master), self._groups)
         if factors is not None:
             self._write_adapter(job, step, factors, item.best)
+
+
+def _drop(item: SaveItem) -> None:
+    item.dropped = True
+    item.ready.set()
+    item.got.clear()
 
 
 class StateItem:

@@ -156,6 +156,11 @@ class Trainer:
         self.stopped = self._run_window(schedule)
         return True
 
+    def settle(self) -> None:
+        """Do what is due between two windows, as `advance` does first: validations, requests, jobs that leave."""
+        if self._left is None and not self.stopped:
+            self._between_windows()
+
     def checkpoint(self) -> str | None:
         """Save the state between two windows and wait for it; the checkpoint's folder on rank 0.
 
@@ -200,7 +205,14 @@ class Trainer:
         self.progress.window(rest, self.roster.names)
         self._rehearse(rest, applied)
         interval = 2 * self.prepared.topology.pipeline_parallel * len(self.rack.chunks)
-        vote = StopVote(self.groups, self.stop.wished, lead=interval, interval=interval)
+        vote = StopVote(
+            self.groups,
+            self.stop.wished,
+            lead=interval,
+            interval=interval,
+            behind=lambda: self.groups.is_first and self.saver.is_behind,
+            leave_out=lambda first, last: self._tell_behind(self.saver.leave_out(first + skipped, last + skipped)),
+        )
         result = self.runner.run(
             rest,
             lambda: prefetch(self.batches.training(rest, applied), self.groups.device),
@@ -222,12 +234,16 @@ class Trainer:
         """Steps between saves in the next window; None: none but at the end of jobs, where the disk can't follow."""
         interval = self.run.checkpoint.save_interval
         if interval is not None and self.groups.broadcast(self.saver.is_behind if self.groups.is_first else None):
-            self.progress.note(
-                f"{MAX_WAITING} checkpoints wait to be written: none is made in this window. Check the disk under "
-                f"{self.folder}, or raise checkpoint.save_interval"
-            )
+            self._tell_behind(1)
             return None
         return interval
+
+    def _tell_behind(self, left_out: int) -> None:
+        if left_out:
+            self.progress.note(
+                f"{MAX_WAITING} checkpoints or more wait to be written: the next one is left out. Check the disk under "
+                f"{self.folder}, or raise checkpoint.save_interval"
+            )
 
     def _rehearse(self, schedule: Schedule, applied: dict[int, int]) -> None:
         """Before the first window on GPUs: compile and measure kernels on all stages at once."""

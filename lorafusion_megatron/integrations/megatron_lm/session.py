@@ -142,9 +142,12 @@ class Session:
     def data_iterators(self, provider: Any) -> tuple[None, None, None]:
         """No iterators of Megatron's: a window makes its own. From here on it is known what is left to train."""
         self.args.do_train, self.args.do_valid, self.args.do_test = True, False, False
+        trainer = self._running()
+        if not trainer.next_window.windows_left():
+            trainer.settle()  # a last validation that a stop kept from being made, jobs that want to join
         self._set_iterations(self.args.iteration)
-        if not self._running().next_window.windows_left():
-            self._running().progress.note("every job has ended already")
+        if not trainer.stopped and not trainer.next_window.windows_left():
+            trainer.progress.note("every job has ended already")
             self._finish(complete=True)
         return None, None, None
 
@@ -224,7 +227,9 @@ class Session:
             consumed_train_samples=self.args.consumed_train_samples,
             num_floating_point_operations_so_far=num_floating_point_operations_so_far,
         )
-        if trainer.groups.is_first and state is not None:
+        if trainer.writer.state_failed:
+            trainer.progress.note(f"iteration {iteration} is not saved, since the jobs' state could not be written")
+        elif trainer.groups.is_first and state is not None:
             write_checkpoint(self.args.save, Path(state), counts, trainer.progress.note)
 
     def load_checkpoint(self, *_: Any, **__: Any) -> tuple[int, float]:

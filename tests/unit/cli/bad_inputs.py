@@ -351,7 +351,7 @@ LAYOUT = (
 )
 
 FOLDERS = (
-    Bad("two jobs write one folder", "jobs[1].name", "a folder of its own", linked_jobs),
+    Bad("two jobs write one folder", "jobs.second.name", "a folder of its own", linked_jobs),
     Bad("rates that are none", "runtime.cost_model", "cost model", keys("runtime.cost_model", "nowhere.json")),
     Bad("model is missing", "base_model.path", "not a directory", lambda case: shutil.rmtree(case.model)),
     Bad("model without config.json", "base_model.path", "config.json", removed("base/config.json")),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from lorafusion_megatron.data import DataSource, JobDataset, load_dataset, parallel
+from lorafusion_megatron.data import load as load_module
 from lorafusion_megatron.errors import UserError
 from tests.unit.tiny_inputs import VOCABULARY, id_rows, write_model, write_rows, write_tokenizer
 
@@ -110,6 +111,14 @@ def test_where_a_process_is_lost_this_one_reads_for_itself(
     monkeypatch.setattr(parallel._Worker, "receive", lose)
     assert content(load_dataset(given, workers=2)) == content(load_dataset(given))
     assert bool(killed) == (how != "can't start")
+
+
+def test_the_processes_import_from_where_this_one_does(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (model.parent / "pickle.py").write_text("raise ImportError('the wrong one')")
+    monkeypatch.chdir(model.parent)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    monkeypatch.setattr(load_module, "_encode", lambda source: pytest.fail("they were lost"))
+    assert len(load_dataset(source(model, CHAT), workers=2)) == len(CHAT)
 
 
 def test_the_processes_end_with_the_work_and_import_no_torch(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import errno
 import os
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -209,6 +210,41 @@ def test_where_nothing_can_be_written_rows_are_in_memory_and_the_reason_is_known
     assert [path.suffix for path in (tmp_path / "kept").iterdir()] == [".lock"], "nothing half-written stays"
 
 
+def test_rows_that_can_not_be_kept_are_read_once_by_each_and_by_nobody_in_turn(tmp_path, reads, monkeypatch):
+    source, begun, go_on = make(tmp_path), threading.Event(), threading.Event()
+
+    def full(self, folder):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("lorafusion_megatron.data.dataset.JobDataset.save", full)
+    first = RowCache(tmp_path / "kept", rank=0, ranks=2)
+    first.share_out([source, make(tmp_path, CHAT[:1], "other.jsonl")])
+    assert same(first.load(source), load_dataset(source))
+    assert reads == ["rows.jsonl"], "what was read for sharing is not read again, and no more is tried"
+    at_once = threading.Barrier(3)
+
+    def load(source, **_):
+        if not begun.is_set():
+            begun.set()
+            assert go_on.wait(10)
+        else:
+            at_once.wait(10)  # breaks where they read one after the other
+        return load_dataset(source)
+
+    monkeypatch.setattr(row_cache, "load_dataset", load)
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(RowCache(tmp_path / "kept").load(source))) for _ in "1234"]
+    threads[0].start()
+    assert begun.wait(10)
+    for thread in threads[1:]:
+        thread.start()
+    time.sleep(0.1)
+    go_on.set()
+    for thread in threads:
+        thread.join(10)
+    assert [same(rows, load_dataset(source)) for rows in found] == [True] * 4
+
+
 def test_a_file_is_read_by_one_process_while_others_wait(tmp_path, reads, monkeypatch):
     source, begun, go_on = make(tmp_path), threading.Event(), threading.Event()
 
@@ -284,20 +320,27 @@ def test_large_files_are_told_before_they_are_read(tmp_path, monkeypatch):
     assert said == [f"rank 3 reads {source.path} (0 MB)"]
 
 
-def test_what_no_job_needs_is_dropped_and_what_a_run_that_does_not_begin_made_is_discarded(tmp_path):
+def test_what_nobody_uses_any_more_is_dropped_and_what_a_run_that_does_not_begin_made_is_discarded(tmp_path):
     old, new = make(tmp_path), make(tmp_path, CHAT[:2], "new.jsonl")
     folder = tmp_path / "out" / "kept"
     RowCache(folder).load(old)
     (folder / f".{'0' * 32}.host-1-99999999.abcdef01").mkdir()
     cache = RowCache(folder)
     cache.load(new)
-    cache.drop(cache.used)
-    assert {path.name.split(".")[0] for path in folder.iterdir()} == cache.used
+    for path in folder.iterdir():
+        os.utime(path, (0, 0))
+    used = RowCache(folder)
+    used.load(new)
+    RowCache(folder).drop_old()
+    assert {path.name for path in folder.iterdir()} == cache.used, "what was used lately"
+    RowCache(folder).load(old)
+    RowCache(folder).drop_old()
+    assert len(list(folder.glob("*/"))) == 2, "what is no week old"
     again = RowCache(folder)
     again.load(new)
     again.load(old)
     again.discard()
-    assert {path.name for path in folder.iterdir() if path.is_dir()} == cache.used, "what was there before stays"
+    assert len(list(folder.glob("*/"))) == 2, "what was there before stays"
     elsewhere = RowCache(tmp_path / "never" / "kept")
     elsewhere.load(old)
     elsewhere.discard()

@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import time
 import weakref
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import torch
 
 from lorafusion_megatron.lora.bank import FactorPiece
 from lorafusion_megatron.mcore.steps import AdapterSteps, StepRule
+from lorafusion_megatron.training import saver as saver_module
 from lorafusion_megatron.training.saver import PlanPosition, SaveItem, Saver
 from lorafusion_megatron.training.state import PARTS
 
@@ -116,19 +118,25 @@ def test_nothing_is_left_to_wait_for_when_the_thread_has_ended():
 
 
 @pytest.mark.timeout(20)
-def test_a_saver_whose_disk_hangs_says_so_after_two_checkpoints_and_no_more_when_it_goes_on():
+def test_a_saver_whose_disk_hangs_says_so_after_two_checkpoints_and_no_more_when_it_goes_on(monkeypatch):
+    monkeypatch.setattr(saver_module, "PATIENCE_SECONDS", 0.2)
     goes_on = threading.Event()
     written = _Written()
     write, written.saver._write_state = written.saver._write_state, lambda item: (goes_on.wait(10), write(item))
     written.save(adapter(), state())
     assert not written.saver.is_behind
     written.save(adapter(), state())
+    assert not written.saver.is_behind, "a burst is no hang"
+    time.sleep(0.25)
     assert written.saver.is_behind
     goes_on.set()
     written.saver.drain()
     assert not written.saver.is_behind
-    written.saver.expect([state()])
-    written.saver.close_window()  # one that was never filled
+    items = [SaveItem(wants={0: 0}, cut=cut, where=WHERE) for cut in (5, 6, 9, 10)]
+    written.saver.expect([adapter(), *items])
+    assert written.saver.leave_out(5, 8) == 2, "the cuts 6 and 9, after the positions 5 and 8"
+    assert [item.dropped for item in items] == [False, True, True, False]
+    written.saver.close_window()  # the others were never filled
     written.saver.finish()
     assert not written.saver.is_behind
     assert len(written.states) == 2
