@@ -5,12 +5,14 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -235,3 +237,29 @@ def wait_until(true, ranks, seconds=60.0):
         assert time.monotonic() < deadline
         assert all(process.is_alive() for process in ranks.processes)
         time.sleep(0.05)
+
+
+def test_a_last_validation_and_a_request_that_wait_at_the_start_are_dealt_with(case, tmp_path):
+    jobs = yaml.safe_load(case.run_file.read_text())["jobs"]
+    rows = jobs[0]["dataset"]["path"]
+    lengths = tuple(f"jobs[{index}].train.train_iters=4" for index in range(3))  # a checkpoint comes right at their end
+    validated = (f"jobs[0].eval.path={rows}", "jobs[0].eval.interval=1000", *lengths)  # after the last step alone
+    saves = (f"checkpoint.save={tmp_path / 'whole'}", "checkpoint.save_interval=1", "checkpoint.keep=99")
+    launch.train(case.run_file, *validated, *saves)
+
+    def waits(state) -> bool:
+        records = json.loads((state / "manifest.json").read_text())["jobs"]
+        return all(job["applied"] == job["num_steps"] and not job["evals"] for job in records)
+
+    (state, *_) = (state for state in sorted((tmp_path / "whole" / "state").iterdir()) if waits(state))
+    out = tmp_path / "out"
+    shutil.copytree(state, out / "state" / state.name)
+    (out / "inbox").mkdir()
+    late = jobs[1] | {"name": "late", "train": {"global_batch_size": 2, "train_iters": 3}}
+    (out / "inbox" / "late.yaml").write_text(yaml.safe_dump(late))
+    finished = pretrain(SCRIPT, case.run_file, out, overrides=validated).check()
+    assert "every job has ended already" not in finished.outputs[0]
+    (best,) = json.loads((out / "job0" / "evals.json").read_text())
+    assert best == json.loads((tmp_path / "whole" / "job0" / "evals.json").read_text())[0]
+    assert tiny.same_bits(tiny.adapter(out / "job0", "best"), tiny.adapter(tmp_path / "whole" / "job0", "best"))
+    assert len(tiny.losses(out, "late")) == 3
