@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from lorafusion_megatron.errors import UserError
 from lorafusion_megatron.scheduler.blocks import in_turn_rows, sequential_rows
 from lorafusion_megatron.scheduler.options import PlanOptions
-from lorafusion_megatron.scheduler.rows import Row, find_step_ends, noop_row, to_streams
+from lorafusion_megatron.scheduler.rows import Row, find_step_ends, to_streams, whole_groups
 from lorafusion_megatron.scheduler.stagger import staggered_rows
 from lorafusion_megatron.scheduler.validate import validate_schedule
 from lorafusion_megatron.scheduler.weights import bottleneck_weights
@@ -30,7 +30,7 @@ def build_schedule(batches: Sequence[Sequence[GlobalBatch]], options: PlanOption
     batches = [job for job in batches if job]
     check_input(batches, options)
     rows = _plan_rows(batches, options)
-    rows += [noop_row(options.replicas)] * (options.pipeline.accepted_count(len(rows)) - len(rows))
+    rows = whole_groups(rows, options.pipeline.accepted_count(len(rows)), options.replicas)
     schedule = Schedule(
         replicas=to_streams(rows, options.replicas),
         step_ends=find_step_ends(rows),

@@ -6,7 +6,7 @@ from functools import partial
 from lorafusion_megatron.scheduler.cost import Load
 from lorafusion_megatron.scheduler.options import PlanOptions
 from lorafusion_megatron.scheduler.packing import padded_tokens
-from lorafusion_megatron.scheduler.rows import Row, Samples, noop_row
+from lorafusion_megatron.scheduler.rows import Row, Samples, whole_groups
 from lorafusion_megatron.scheduler.simulate import simulate
 from lorafusion_megatron.scheduler.waits import waiting_time, window_width
 from lorafusion_megatron.scheduler.weights import Weights
@@ -27,8 +27,7 @@ def simulated_seconds(rows: Sequence[Row], options: PlanOptions) -> float:
 
     An interleaved schedule takes whole groups of microbatches, as which the stream will run.
     """
-    missing = options.pipeline.accepted_count(len(rows)) - len(rows)
-    rows = [*rows, *[noop_row(options.replicas)] * missing]
+    rows = whole_groups(rows, options.pipeline.accepted_count(len(rows)), options.replicas)
     loads = [max(map(partial(_load, options), row.parts), key=lambda load: (load.tokens, load.squares)) for row in rows]
     return simulate(loads, options.pipeline, options.chunk_loads, options.cost_model).seconds
 

@@ -31,6 +31,11 @@ def noop_row(replicas: int) -> Row:
     return Row(((),) * replicas)
 
 
+def whole_groups(rows: Sequence[Row], count: int, replicas: int) -> list[Row]:
+    """A stream filled up with no-ops to the ``count`` positions that its schedule takes (`Pipeline.accepted_count`)."""
+    return [*rows, *[noop_row(replicas)] * (count - len(rows))]
+
+
 def find_step_ends(rows: Iterable[Row]) -> tuple[StepEnd, ...]:
     """Where each (job, step) ends, by (position, job)."""
     last: dict[tuple[int, int], int] = {}
