@@ -235,9 +235,8 @@ def _windows(work: _Work) -> Iterator[list[list["GlobalBatch"]]]:
         left = {i: source.num_steps - done[i] for i, source in work.sources.items() if source.num_steps > done[i]}
         if not left:
             return
-        shares = window_shares(left, {index: tokens[index] for index in left}, budget)
-        for index, count in shares.items():
-            shares[index] = int(min(count, work.run.jobs[index].eval.steps_until_next(done[index])))
+        until_eval = {index: work.run.jobs[index].eval.steps_until_next(done[index]) for index in left}
+        shares = window_shares(left, {index: tokens[index] for index in left}, budget, until_eval)
         yield [[work.sources[i].batch(done[i] + 1 + step) for step in range(count)] for i, count in shares.items()]
         for index, count in shares.items():
             done[index] += count

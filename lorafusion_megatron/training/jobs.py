@@ -67,10 +67,6 @@ class Job:
             not self.evals or self.evals[-1][0] < self.applied
         )
 
-    def steps_until_eval(self, applied: int) -> int:
-        """Optimizer steps that it may take after ``applied`` before its next validation."""
-        return int(min(self.num_steps - applied, self.config.eval.steps_until_next(applied)))
-
     def best_eval(self) -> tuple[int, float] | None:
         """(step, loss) of its best validation; one whose loss is not finite is worse than any other."""
         return min(self.evals, key=lambda e: e[1] if math.isfinite(e[1]) else math.inf, default=None)

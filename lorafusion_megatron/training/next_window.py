@@ -65,12 +65,13 @@ class NextWindow:
         Ranks other than 0 only need to know whether there are any.
         """
         remaining, tokens = self._remaining(applied)
-        shares = window_shares(remaining, tokens, self._window_tokens)
+        jobs = {index: self._roster.jobs[index] for index in remaining}
+        until_eval = {index: job.config.eval.steps_until_next(applied[index]) for index, job in jobs.items()}
+        shares = window_shares(remaining, tokens, self._window_tokens, until_eval)
         out = []
-        for index in remaining:
-            job, done = self._roster.jobs[index], applied[index]
+        for index, job in jobs.items():
             assert job.source is not None
-            count = min(shares[index], job.steps_until_eval(done)) if self._groups.is_first else 1
+            done, count = applied[index], shares[index] if self._groups.is_first else 1
             out.append([job.source.batch(done + 1 + i) for i in range(count)])
         return out
 

@@ -218,6 +218,7 @@ def test_jobs_advance_in_proportion_and_end_together():
     assert shares == {0: 20, 1: 10, 2: 1}
     assert window_shares({0: 3}, {0: 10.0}, 1e9) == {0: 3}
     assert window_shares({0: 3, 1: 900}, {0: 1e9, 1: 1.0}, 1.0) == {0: 1, 1: 1}
+    assert window_shares({0: 3, 1: 9}, {0: 1.0, 1: 1.0}, 1e9, {0: 2, 1: float("inf")}) == {0: 2, 1: 9}
 
 
 def test_the_step_folders_that_were_written_last_are_kept(tmp_path):
