@@ -69,11 +69,8 @@ def load_inputs(run: RunConfig, rows: RowCache, *, padding_multiple: int = 1) ->
             if dataset is not None:
                 found[index] = dataset
                 notes += check_dataset(run, spec, index, dataset, padding_multiple=padding_multiple, section=part)
-    if rows.trouble is not None:
-        notes += (
-            f"tokenized rows can't be kept in {rows.folder} ({rows.trouble}): each rank reads all data and holds it",
-        )
-        rows.trouble = None
+    if (trouble := rows.take_trouble()) is not None:
+        notes += (trouble,)
     return Inputs(spec=spec, datasets=datasets, eval_datasets=eval_datasets, notes=tuple(notes))
 
 

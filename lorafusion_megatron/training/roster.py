@@ -177,12 +177,8 @@ class Roster:
                     remedy="check the files",
                     key=f"jobs.{job.name}",
                 )
-        rows = self._prepared.rows
-        if rows.trouble is not None:
-            self._note(
-                f"tokenized rows can't be kept in {rows.folder} ({rows.trouble}): each rank holds them in memory"
-            )
-            rows.trouble = None
+        if (unkept := self._prepared.rows.take_trouble()) is not None:
+            self._note(unkept)
         digests = [_digest(job) if self._groups.size > 1 else "" for job in jobs]
         troubles = {}
         for job, error in zip(jobs, self._agree(jobs, errors, digests), strict=True):

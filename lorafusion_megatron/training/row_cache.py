@@ -114,6 +114,13 @@ class RowCache:
                         self._open_sets[key, source.path] = self._held[key, source.path] = rows
                         return
 
+    def take_trouble(self) -> str | None:
+        """What to tell of rows that could not be kept on disk since the last time; None where all were."""
+        trouble, self.trouble = self.trouble, None
+        if trouble is None:
+            return None
+        return f"tokenized rows can't be kept in {self.folder} ({trouble}): each rank reads all data and holds it"
+
     def drop_old(self) -> None:
         """Remove what nobody has used for `KEPT_SECONDS`: jobs that left, data that changed, what a kill left."""
         with suppress(OSError):

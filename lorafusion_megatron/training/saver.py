@@ -166,6 +166,7 @@ class Saver:
         if wanting:
             snapshot = copy(moments=any(item.cut is not None for item in wanting))
             for item in wanting:
+                # Before the last copy makes it ready: the thread may have written it right after.
                 if item.cut is not None and len(item.got) + 1 == len(item.wants):
                     self._waiting[id(item)] = time.monotonic()
                 item.fill(job, shard, snapshot)
