@@ -6,7 +6,6 @@ the microbatch's routing. Tensor-parallel collectives are the base layer's own: 
 
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -23,7 +22,7 @@ from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
 from ..lora.adapters import LinearAdapters
 from ..lora.autograd import Backend, lora_linear
-from ..lora.bank import LinearLayout, TargetLinear
+from ..lora.layout import LinearLayout, TargetLinear
 from ..lora.routing import current_routing, routing_scope
 from ..lora.swiglu_mlp import swiglu_mlp
 
@@ -264,10 +263,6 @@ def _norm(module: Any, x: torch.Tensor) -> torch.Tensor:
 def _target(module: Any, name: str, layout: LinearLayout, column: bool, tp_rank: int, tp_size: int) -> TargetLinear:
     out_features, in_features = module.weight.shape
     device = module.weight.device
-    fused = len(layout.projections) > 1
-    layout = replace(
-        layout, row_projection=layout.row_projection.to(device), row_index=layout.row_index.to(device, torch.int64)
-    )
     return TargetLinear(
         adapters=LinearAdapters(
             name=name,
@@ -275,11 +270,12 @@ def _target(module: Any, name: str, layout: LinearLayout, column: bool, tp_rank:
             in_features=in_features,
             out_features=out_features,
             feature_offset=0 if column else tp_rank * in_features,
-            row_projection=layout.row_projection if fused else None,
+            row_projection=layout.row_projection.to(device) if len(layout.projections) > 1 else None,
         ),
         layer=int(name.split(".")[2]),
         linear=name.rsplit(".", 1)[-1],
         column_parallel=column,
         full_in_features=in_features * (1 if column else tp_size),
         layout=layout,
+        device=device,
     )

@@ -53,6 +53,8 @@ class StepSnapshot:
     """None, as is the other moment, where the adapter alone was copied."""
     exp_avg_sq: torch.Tensor | None
     counters: "StepCounters"
+    ready: torch.cuda.Event | None = None
+    """Passed when a GPU has made the copy; None on the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +105,11 @@ class AdapterSteps:
     def snapshot(self, *, moments: bool = True) -> StepSnapshot:
         """Copy masters, and with ``moments`` these, as they are now, on the device; no step may be half applied."""
         exp_avg, exp_avg_sq = (moment.clone() for moment in self._moments()) if moments else (None, None)
-        return StepSnapshot(
-            master=self.shard.master.clone(), exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, counters=self.counters
-        )
+        master, ready = self.shard.master.clone(), None
+        if master.is_cuda:
+            ready = torch.cuda.Event()
+            ready.record()
+        return StepSnapshot(master=master, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, counters=self.counters, ready=ready)
 
     @torch.no_grad()
     def restore(self, counters: StepCounters) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from ..lora.bank import AdapterShard, TargetLinear
+from ..lora.bank import AdapterShard
+from ..lora.layout import TargetLinear
 from ..mcore.build import BuildOptions, build_chunks, canonical_parameters
 from ..mcore.device_steps import make_steps
 from ..mcore.inject import inject

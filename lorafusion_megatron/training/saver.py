@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..lora.bank import AdapterShard
-from ..mcore.gather import Factors, gather_factors
+from ..mcore.gather import FactorGatherer, Factors
 from ..mcore.parallel import Groups
 from ..mcore.steps import StepCounters, StepSnapshot
 from ..types import Schedule
@@ -131,7 +131,7 @@ class Saver:
         write_adapter: Callable[[int, int, Factors, bool], None],
         write_state: Callable[["StateItem"], None],
     ) -> None:
-        self._groups = groups
+        self._gatherer = FactorGatherer(groups)
         self._write_adapter, self._write_state = write_adapter, write_state
         self._queue: queue.Queue[SaveItem | None] = queue.Queue()
         self._open: list[SaveItem] = []
@@ -229,11 +229,11 @@ class Saver:
 
     def _save(self, item: SaveItem) -> None:
         if item.cut is not None:
-            self._write_state(StateItem(item, self._groups))
+            self._write_state(StateItem(item, self._gatherer))
             return
         ((job, step),) = item.wants.items()
         shard, snapshot = item.got[job]
-        factors = gather_factors(shard.pieces(snapshot.master), self._groups)
+        factors = self._gatherer.adapter(shard).whole(snapshot.master, snapshot.ready)
         if factors is not None:
             self._write_adapter(job, step, factors, item.best)
 
@@ -250,15 +250,16 @@ class StateItem:
     All jobs are walked through whatever happens to the file, since the other ranks take part in gathering them.
     """
 
-    def __init__(self, item: SaveItem, groups: Groups) -> None:
+    def __init__(self, item: SaveItem, gatherer: FactorGatherer) -> None:
         assert item.where is not None
         assert item.cut is not None
         self.cut, self.where = item.cut, item.where
-        self._got, self._groups = item.got, groups
+        self._got, self._gatherer = item.got, gatherer
 
     def jobs(self) -> Iterator[tuple[int, StepCounters, dict[str, Factors] | None]]:
         """(job, its counts, part -> whole factors on rank 0), by job."""
         for job, (shard, snapshot) in sorted(self._got.items()):
-            parts = {part: gather_factors(shard.pieces(getattr(snapshot, part)), self._groups) for part in PARTS}
+            adapter = self._gatherer.adapter(shard)
+            parts = {part: adapter.whole(getattr(snapshot, part), snapshot.ready) for part in PARTS}
             whole = {part: factors for part, factors in parts.items() if factors is not None}
             yield job, snapshot.counters, whole or None

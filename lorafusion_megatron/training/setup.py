@@ -9,7 +9,7 @@ from ..config.run import RunConfig
 from ..data.dataset import JobDataset
 from ..errors import UserError
 from ..lora.autograd import Backend
-from ..lora.bank import LinearLayout
+from ..lora.layout import LinearLayout
 from ..mcore.gpu import claim_gpu
 from ..models.projections import row_of_projection, row_projection, target_linears
 from ..scheduler.options import PlanOptions

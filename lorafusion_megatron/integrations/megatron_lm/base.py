@@ -9,7 +9,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.utils import get_model_config
 
 from ...errors import UserError
-from ...lora.bank import TargetLinear
+from ...lora.layout import TargetLinear
 from ...mcore.build import prepare_base
 from ...mcore.parallel import Groups
 from ...scheduler.cost import split_loads

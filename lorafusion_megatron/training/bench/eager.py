@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ...lora.bank import TargetLinear
+from ...lora.layout import TargetLinear
 from ...lora.routing import current_routing
 from ...mcore.steps import StepRule
 from ...types import AdapterSpec, StepReport

@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from ...data.collate import collate
 from ...lora.autograd import Backend
-from ...lora.bank import AdapterShard, TargetLinear
+from ...lora.bank import AdapterShard
+from ...lora.layout import TargetLinear
 from ...lora.reference import TorchBackend
 from ...mcore.batch import HostBatch, host_batch
 from ...mcore.build import BuildOptions, build_chunks

@@ -8,7 +8,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 
-from lorafusion_megatron.lora.bank import LinearLayout
+from lorafusion_megatron.lora.layout import LinearLayout
 from lorafusion_megatron.lora.reference import TorchBackend
 from lorafusion_megatron.mcore.inject import (
     LoraColumnParallelLinear,

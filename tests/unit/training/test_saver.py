@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lorafusion_megatron.lora.bank import FactorPiece
+from lorafusion_megatron.lora.layout import FactorPlace
 from lorafusion_megatron.mcore.steps import AdapterSteps, StepRule
 from lorafusion_megatron.training import saver as saver_module
 from lorafusion_megatron.training.saver import PlanPosition, SaveItem, Saver
 from lorafusion_megatron.training.state import PARTS
 
-GROUPS = SimpleNamespace(dp_rank=0, saves=None, gather=lambda value, group: [value])
+GROUPS = SimpleNamespace(dp_rank=0, saves=None, device=torch.device("cpu"), gather=lambda value, group: [value])
 WHERE = PlanPosition(window=0, schedule=None, shape={}, statuses={})
 RULE = StepRule(lr_at=lambda step: 1e-2, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0, clip_grad=0.0, max_bad_steps=3)
 
@@ -26,12 +26,21 @@ class _Shard:
     def __init__(self) -> None:
         self.master, self.grad = torch.arange(6.0), torch.ones(7)
 
-    def pieces(self, flat):
-        return [
-            FactorPiece(
-                layer=0, projection="q_proj", factor="A", full_shape=(2, 3), dim=1, index=None, tensor=flat.view(2, 3)
-            )
-        ]
+    numel = 6
+    places = (
+        FactorPlace(
+            layer=0,
+            projection="q_proj",
+            factor="A",
+            full_shape=(2, 3),
+            at=0,
+            shape=(2, 3),
+            column=0,
+            full_column=0,
+            width=3,
+            runs=((0, 0, 2),),
+        ),
+    )
 
 
 class _Written:
