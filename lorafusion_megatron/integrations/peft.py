@@ -263,6 +263,7 @@ class _FusedLinear(torch.autograd.Function):
         routing: Routing,
         backend: Backend,
     ) -> torch.Tensor:
+        """x ``[tokens, in]`` to y ``[tokens, out]``; ``a`` and ``b`` are those in ``adapters``, for their gradients."""
         y, s = backend.forward(x, weight, bias, adapters, routing)
         ctx.save_for_backward(x, weight, s)
         ctx.adapters, ctx.routing, ctx.backend, ctx.dtypes = adapters, routing, backend, (a.dtype, b.dtype)
@@ -270,6 +271,7 @@ class _FusedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of x, a and b, in their dtypes; sums are fp32."""
         x, weight, s = ctx.saved_tensors
         grads = []
         for adapter in ctx.adapters.by_slot.values():

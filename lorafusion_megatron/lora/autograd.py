@@ -22,7 +22,9 @@ class Backend(Protocol):
         bias: torch.Tensor | None,
         adapters: LinearAdapters,
         routing: Routing,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]: ...
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """y ``[tokens, out]`` and what `backward` needs as ``s``: drop(x) A^T of all rows, None where none has one."""
+        ...
 
     def backward(
         self,
@@ -34,9 +36,13 @@ class Backend(Protocol):
         routing: Routing,
         *,
         needs_dx: bool,
-    ) -> torch.Tensor | None: ...
+    ) -> torch.Tensor | None:
+        """dx ``[tokens, in]``, None unless needed; adds dA and dB to the adapters' fp32 ``grad_a`` and ``grad_b``."""
+        ...
 
-    def reason_unsupported(self, x: torch.Tensor, weight: torch.Tensor) -> str | None: ...
+    def reason_unsupported(self, x: torch.Tensor, weight: torch.Tensor) -> str | None:
+        """Why these can't be computed here; None where they can."""
+        ...
 
 
 class LoraLinearFunction(torch.autograd.Function):

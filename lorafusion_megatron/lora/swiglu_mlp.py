@@ -12,7 +12,9 @@ from .routing import Routing
 class SwigluBackend(Protocol):
     """A backend that computes the MLP as one; see `triton_backend.TritonBackend` for the formulas."""
 
-    def fuses_swiglu(self, fc1: LinearAdapters, fc2: LinearAdapters, routing: Routing) -> bool: ...
+    def fuses_swiglu(self, fc1: LinearAdapters, fc2: LinearAdapters, routing: Routing) -> bool:
+        """Whether an MLP of these linears and this microbatch can be computed as one function."""
+        ...
 
     def swiglu_mlp_forward(
         self,
@@ -21,7 +23,9 @@ class SwigluBackend(Protocol):
         fc1: LinearAdapters,
         fc2: LinearAdapters,
         routing: Routing,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]: ...
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Output ``[tokens, hidden]``, then what backward needs: linear_fc1's output and both linears' S."""
+        ...
 
     def swiglu_mlp_backward(
         self,
@@ -35,7 +39,9 @@ class SwigluBackend(Protocol):
         routing: Routing,
         *,
         needs_dx: bool,
-    ) -> torch.Tensor | None: ...
+    ) -> torch.Tensor | None:
+        """dx ``[tokens, hidden]``, None unless needed; adds the adapters' gradients to their fp32 buffers."""
+        ...
 
 
 class SwigluMlpFunction(torch.autograd.Function):

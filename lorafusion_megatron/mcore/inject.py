@@ -126,6 +126,7 @@ class LoraSwigluMlp:
     """
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As Megatron's MLP: hidden states ``[s, b, hidden]`` to (output, bias)."""
         fc1, fc2, routing = self.linear_fc1, self.linear_fc2, current_routing()  # type: ignore[attr-defined]
         if (
             routing is None

@@ -21,6 +21,7 @@ class _VocabLoss(torch.autograd.Function):
     def forward(
         ctx: Any, logits: torch.Tensor, labels: torch.Tensor, first: int, group: dist.ProcessGroup | None
     ) -> torch.Tensor:
+        """fp32 ``[rows]``: log sum exp of a row's logits minus its label's; this rank's columns begin at ``first``."""
         local = labels - first
         mine = (local >= 0) & (local < logits.shape[-1])
         local = local.clamp(0, logits.shape[-1] - 1)

@@ -27,6 +27,7 @@ class EagerLora:
     eager_specs: Mapping[int, AdapterSpec]
 
     def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As Megatron's linear: x ``[s, b, in]`` to (y ``[s, b, out]``, bias)."""
         y, bias = super().forward(x)  # type: ignore[misc]
         routing = current_routing()
         segments = routing.segments if routing is not None else ()
