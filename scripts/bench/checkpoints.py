@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=6)
     parser.add_argument("--rank", type=int, default=256)
     parser.add_argument("--intervals", default="0,8")
-    parser.add_argument("--folder", type=Path, help="where to; by default a temporary folder")
+    parser.add_argument("--folder", type=Path, help="where to; by default the one for temporary files")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="checkpoints.", dir=args.folder))
     try:
@@ -100,8 +100,8 @@ def measure(run_file: Path, out: Path, args: argparse.Namespace, interval: int) 
     if process.wait() or len(windows) < 2:
         raise SystemExit("".join(text[-40:]))
     after = time.monotonic() - ended
-    newest = max((out / "state").iterdir(), key=lambda path: path.name)
-    size = sum(file.stat().st_size for file in newest.iterdir())
+    # The last one is of the end, when no job is left.
+    size = max(sum(file.stat().st_size for file in path.iterdir()) for path in (out / "state").iterdir())
     asked = STEPS // interval if interval else 0
     behind = sum("wait to be written" in line for line in text)
     shutil.rmtree(out)
