@@ -88,7 +88,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
-    """Raise before any work where a picture could not be written afterwards."""
+    """Raise before any work where something would end it after a file was written."""
+    if args.replicas < 1:
+        raise UserError(f"replicas {args.replicas}", rule="it must be at least 1", remedy="raise it", key="--replicas")
     for path, key, suffixes in ((args.gantt, "--gantt", (".png", ".html")), (args.trace, "--trace", (".json",))):
         if path is None:
             continue
@@ -118,7 +120,7 @@ def _load(args: argparse.Namespace) -> _Work:
     from lorafusion_megatron.config import load_run
     from lorafusion_megatron.models.config import read_model_spec
     from lorafusion_megatron.scheduler.cost import CostModel
-    from lorafusion_megatron.training.calibrate import calibrate
+    from lorafusion_megatron.training.calibrate import calibrate, save_rates
     from lorafusion_megatron.training.inputs import job_batches, load_inputs, row_cache
     from lorafusion_megatron.training.memory import describe, predict_run_memory
     from lorafusion_megatron.training.planning import (
@@ -146,13 +148,15 @@ def _load(args: argparse.Namespace) -> _Work:
         )
     if args.calibrate:
         file = args.calibrate / "cost_model.json"
-        cost, error = calibrate(args.calibrate, file)
+        cost, error = calibrate(args.calibrate)
         notes += (f"{file}: rates fitted to {args.calibrate}, median error {error:.1%}; use it as runtime.cost_model",)
     else:
         cost = CostModel.load(args.cost_model) if args.cost_model else cost_model(run_config, spec)
     layers, advice = choose_layers(run_config, spec, cost, datasets)
     options = plan_options(run_config, layers=layers, replicas=args.replicas, padding_multiple=padding, cost=cost)
     sources = {index: job_batches(run_config, index, rows) for index, rows in datasets.items()}
+    if args.calibrate:  # all that may be wrong was looked at
+        save_rates(cost, file)
     memory = describe(predict_run_memory(run_config, spec, layers)).splitlines()
     return _Work(run_config, spec, sources, options, (*notes, *advice, *(f"memory, {line}" for line in memory)))
 
@@ -284,10 +288,12 @@ def _summary(work: _Work, planned: Mapping[str, _Planned]) -> str:
         shares = [f"{share:.1%}" for share in (r.bubble_share, r.split_bound, r.lemma_bound)]
         kinds.append((kind, str(r.microbatches), str(r.noops), f"{r.fill:.1%}", f"{r.predicted_seconds:.4g}", *shares))
     plan = planned["staggered"]
+    # Padding left out: how much of it there is depends on the plan.
+    fewest = -(-sum(chosen.job_tokens.values()) // options.token_capacity)
     lines = [
         f"layout  {options.stages} stages of layers {layers}, {options.replicas} replicas, token capacity "
         f"{options.token_capacity}, each job's rows padded to {options.padding_multiple}",
-        f"planned {plan.windows} windows in {plan.seconds:.2f} s; at least {chosen.fewest_microbatches} microbatches "
+        f"planned {plan.windows} windows in {plan.seconds:.2f} s; at least {fewest} microbatches "
         f"by tokens, {chosen.packing_bound} by lengths, {chosen.lemma_positions} positions by dependencies",
         "",
         *_aligned(jobs),

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, takewhile
 
-from lorafusion_megatron.scheduler.blocks import grouped_rows
+from lorafusion_megatron.scheduler.blocks import grouped_rows, in_turn_rows
 from lorafusion_megatron.scheduler.flow import LEAST_TARGET, FlowLimits, flow_rows
 from lorafusion_megatron.scheduler.options import PlanOptions
-from lorafusion_megatron.scheduler.predict import lost_share, predict_seconds
+from lorafusion_megatron.scheduler.predict import lost_share, predict_seconds, simulated_seconds
 from lorafusion_megatron.scheduler.rows import Row
 from lorafusion_megatron.scheduler.settle import settle_rows
 from lorafusion_megatron.scheduler.weights import Weights
@@ -21,6 +21,9 @@ SPLITS = (1.0, 1.5, 2.2, 3.2)
 """Microbatches, as multiples of the fewest, that are tried where full ones leave bubbles."""
 ENOUGH = 0.015
 """Idle share, beside filling and draining the pipeline, at which full microbatches are taken without a search."""
+SLACK = 1.03
+"""Time of the microbatches over that of their samples alone; above it padding, short microbatches or replicas that wait
+for one another cost enough to try others."""
 TRIAL_SAMPLES = 1024
 """Candidates are compared on the first steps of the window, up to about this many samples a replica."""
 
@@ -37,14 +40,14 @@ def staggered_rows(batches: Sequence[Sequence[GlobalBatch]], options: PlanOption
 
     Full microbatches of equal time are tried first. Where they leave bubbles, because a job's next step waits for
     the pipeline, smaller microbatches are tried on a part of the window, and the paper's grouped schedule; the one
-    with the shortest predicted time is taken.
+    with the shortest predicted time is taken. What comes out is not predicted to take longer, beyond `WORTH`, than
+    the jobs' global batches in turn.
 
     Args:
         batches: per job its global batches in step order.
         options: capacity and pipeline.
         weights: predicted time.
     """
-
     first = _Candidate(1.0, False)
     rows = _flow(first, batches, options, weights)
     if options.stages > 1 and lost_share(rows, options, weights) > ENOUGH:
@@ -53,6 +56,7 @@ def staggered_rows(batches: Sequence[Sequence[GlobalBatch]], options: PlanOption
             rows = grouped_rows(batches, options, weights)
         elif best != first:
             rows = _flow(best, batches, options, weights)
+    rows = _no_slower_than_others(rows, batches, options, weights)
     if not options.smooth or options.stages == 1:
         return rows
 
@@ -80,6 +84,43 @@ def _best_candidate(
     return best if seconds[best] < WORTH * seconds[first] else first
 
 
+def _no_slower_than_others(
+    rows: list[Row], batches: Sequence[Sequence[GlobalBatch]], options: PlanOptions, weights: Weights
+) -> list[Row]:
+    """These rows, or simpler ones where they take less time.
+
+    A flow wastes some where the samples of a position are too few to be spread evenly over many replicas, and where a
+    sample's padding is longer than itself, which its target does not know.
+    """
+    wasteful = _slack(rows, options, weights) > SLACK
+
+    def seconds_of(rows: list[Row]) -> float:
+        # Half-empty positions wait in ways that the quick prediction does not know.
+        return simulated_seconds(rows, options) if wasteful else predict_seconds(rows, options, weights)
+
+    best = seconds_of(rows)
+    packing = options if wasteful else replace(options, solver_seconds=0.0)
+    others = [lambda: in_turn_rows(batches, packing, weights)]
+    if wasteful:
+        others.append(lambda: flow_rows(batches, _full_limits(batches, options, weights)))
+        others.append(lambda: grouped_rows(batches, packing, weights))
+    for make in others:
+        other = make()
+        seconds = seconds_of(other)
+        if seconds < WORTH * best:
+            rows, best = other, seconds
+    return rows
+
+
+def _slack(rows: Sequence[Row], options: PlanOptions, weights: Weights) -> float:
+    """Time of the positions, in which each replica waits for the slowest, over the samples' own without padding."""
+    taken = sum(max(map(weights.part, row.parts)) for row in rows) * options.replicas
+    samples = [sample.tokens for row in rows for part in row.parts for sample in part]
+    fixed = weights.fixed * sum(samples) / options.token_capacity
+    own = sum(map(weights.sample, samples)) + fixed
+    return taken / own if own else 1.0
+
+
 def _flow(
     candidate: _Candidate, batches: Sequence[Sequence[GlobalBatch]], options: PlanOptions, weights: Weights
 ) -> list[Row]:
@@ -102,6 +143,14 @@ def _limits(
         least=candidate.least,
         follow=candidate.follow,
     )
+
+
+def _full_limits(batches: Sequence[Sequence[GlobalBatch]], options: PlanOptions, weights: Weights) -> FlowLimits:
+    """Target time: that of a microbatch which is full, its padding included."""
+    lengths = [sample.tokens for job in batches for batch in job for sample in batch.samples]
+    squares = options.token_capacity * sum(n * n for n in lengths) // max(1, sum(lengths))
+    target = weights.variable(options.token_capacity, squares)
+    return replace(_limits(_Candidate(1.0, False), batches, options, weights), target=target)
 
 
 def _first_steps(batches: Sequence[Sequence[GlobalBatch]], samples: int) -> list[list[GlobalBatch]]:

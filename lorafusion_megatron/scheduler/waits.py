@@ -25,8 +25,8 @@ def waiting_time(times: Sequence[float], width: int) -> float:
 
 
 def window_width(stages: int) -> int:
-    """Neighbours that wait for each other: one less than the stages, and at least 2."""
-    return max(2, stages - 1)
+    """Neighbours that wait for each other: one less than the stages, and at least 2; one stage waits for none."""
+    return max(2, stages - 1) if stages > 1 else 1
 
 
 def find_peaks(times: Sequence[float], width: int) -> list[bool]:

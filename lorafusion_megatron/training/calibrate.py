@@ -48,18 +48,17 @@ def read_measurements(folder: Path, *, key: str = "--calibrate") -> list[Measure
     return rows
 
 
-def calibrate(folder: Path, target: Path) -> tuple[CostModel, float]:
-    """Fit the rates to a run and save them.
+def calibrate(folder: Path) -> tuple[CostModel, float]:
+    """Fit the rates to a run.
 
     Args:
         folder: the run's folder.
-        target: file to write.
 
     Returns:
         The cost model, and the median relative error of its predictions on the same forwards and backwards.
 
     Raises:
-        UserError: as `read_measurements`; the times do not depend on the tokens; the file can't be written.
+        UserError: as `read_measurements`; the times do not depend on the tokens.
     """
     rows = read_measurements(folder)
     cost = fit_cost_model(rows)
@@ -76,6 +75,15 @@ def calibrate(folder: Path, target: Path) -> tuple[CostModel, float]:
     for row in rows:
         stage = StageLoad(layers=row.layers, output=row.output)
         errors.append(abs(cost.seconds(row.load, stage, backward=row.backward) - row.seconds) / row.seconds)
+    return cost, statistics.median(errors)
+
+
+def save_rates(cost: CostModel, target: Path) -> None:
+    """Keep the rates.
+
+    Raises:
+        UserError: the file can't be written.
+    """
     try:
         cost.save(target)
     except OSError as error:
@@ -85,4 +93,3 @@ def calibrate(folder: Path, target: Path) -> tuple[CostModel, float]:
             remedy="mend that, or copy the run's trace.json into a folder of your own",
             key="--calibrate",
         ) from None
-    return cost, statistics.median(errors)

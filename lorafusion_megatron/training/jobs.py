@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -101,10 +102,10 @@ class Job:
 
 
 def plain(value: Any) -> Any:
-    """A config dataclass as JSON data, which `config.Builder` reads back; unset keys are left out."""
+    """A config dataclass as JSON data, which `config.Builder` reads back in any folder; unset keys are left out."""
     if dataclasses.is_dataclass(value):
         pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
         return {name: plain(item) for name, item in pairs if item is not None}
     if isinstance(value, tuple | list):
         return [plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    return os.path.abspath(value) if isinstance(value, Path) else value

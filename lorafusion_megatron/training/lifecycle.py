@@ -52,6 +52,8 @@ class Inbox:
         self._put_aside: set[Request] = set()
         """Requests that are answered but whose file could not be moved away."""
         self._log_read = True
+        self._told: set[int] = set()
+        """Lines of the log that were told to be none."""
         events = self._recorded()
         self._taken = {tuple(event["request"]) for event in events if "request" in event}
         before = [event["id"] for event in events if event["window"] <= held_window]
@@ -170,7 +172,7 @@ class Inbox:
     def _recorded(self) -> list[dict[str, Any]]:
         """All decisions, oldest first; one without an id is of an older version and has that of its line."""
         try:
-            lines = self._log.read_text().splitlines()
+            lines = self._log.read_text(errors="replace").splitlines()
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -182,9 +184,14 @@ class Inbox:
         out = []
         for number, line in enumerate(lines, 1):
             try:
-                out.append({"id": number, **json.loads(line)})
-            except (ValueError, TypeError):  # cut off by a kill while it was written; its request file is still there
-                continue
+                event = {"id": number, **json.loads(line)}
+            except (ValueError, TypeError, RecursionError):
+                continue  # cut off by a kill while it was written; its request file is still there
+            if _is_event(event):
+                out.append(event)
+            elif number not in self._told:
+                self._told.add(number)
+                self._note(f"line {number} of {self._log} is no decision and is passed over")
         return out
 
     def _append(self, event: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,7 +200,8 @@ class Inbox:
             file.seek(0)
             lines = file.read().splitlines()
             known = [recorded["id"] for recorded in self._recorded()]
-            numbered = {"id": max([len(lines), *known]) + 1, **event}
+            # Also beyond what the checkpoint of another folder holds: an id that it knows would be taken for done.
+            numbered = {"id": max([len(lines), *known, *self.carried_out]) + 1, **event}
             # A kill may have cut the last line off; what follows must not become a part of it.
             file.seek(max(0, file.tell() - 1))
             start = b"" if file.read(1) in (b"", b"\n") else b"\n"
@@ -201,6 +209,16 @@ class Inbox:
             file.flush()
             os.fsync(file.fileno())
         return numbered
+
+
+def _is_event(event: Mapping[str, Any]) -> bool:
+    """Whether a line of the log has the form of a decision."""
+    numbers = (event.get("id"), event.get("window"))
+    if not all(type(number) is int for number in numbers) or type(event.get("name")) is not str:
+        return False
+    if type(event.get("request", [])) is not list:
+        return False
+    return event.get("op") in OPERATIONS or (event.get("op") == "add" and isinstance(event.get("job"), dict))
 
 
 def _operation(raw: Mapping[str, Any], statuses: Mapping[str, str], source: str) -> dict[str, Any]:

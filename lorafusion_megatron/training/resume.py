@@ -18,6 +18,7 @@ from ..types import AdapterSpec, ModelSpec, Schedule
 from .adapters import factor_shapes
 from .state import (
     PARTS,
+    check_folder,
     decode_schedule,
     drop_unfinished,
     factor_key,
@@ -124,6 +125,7 @@ def _look(
     """The checkpoint to go on from; None to begin anew."""
     folder, found = run.checkpoint.save / "state", None
     try:
+        check_folder(folder)
         if source is not None or run.checkpoint.resume == "auto":
             found = newest_state(source or folder, note)
         drop_unfinished(folder, own=True)
@@ -158,7 +160,7 @@ def _merge_jobs(
             )
     jobs = []
     for name, record in records.items():
-        before = Builder(Path()).section(JobConfig, record["config"], name)
+        before = _recorded_config(name, record)
         job = ours.pop(name, None)
         if job is None:
             if not record["added"]:
@@ -167,6 +169,15 @@ def _merge_jobs(
         _check_same(name, before, job)
         jobs.append(job)
     return (*jobs, *ours.values())
+
+
+def _recorded_config(name: str, record: Mapping[str, Any]) -> JobConfig:
+    try:
+        return Builder(Path()).section(JobConfig, record["config"], name)
+    except UserError as error:
+        raise UserError(
+            f"the checkpoint has {error.given}", rule=error.rule, remedy=error.remedy, key=error.key
+        ) from None
 
 
 def _check_same(name: str, before: JobConfig, now: JobConfig) -> None:

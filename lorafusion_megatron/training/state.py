@@ -11,6 +11,7 @@ executed when it is read (JSON and safetensors only).
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,11 +21,13 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError
 from ..mcore.gather import Factors
+from ..mcore.steps import StepCounters
 from ..models.files import flush
 from ..models.tensors import save_tensors
 from ..types import Microbatch, Sample, Schedule, StepEnd
 
 FORMAT = 1
+_NAME = re.compile(r"[0-9]{8,}")
 PARTS = ("master", "exp_avg", "exp_avg_sq")
 HASHED_AT_ONCE = 1 << 24
 """Bytes, about 10 ms."""
@@ -60,7 +63,9 @@ class StateWriter:
     def commit(self, manifest: Mapping[str, Any]) -> Path:
         """Write the manifest and give the checkpoint its name."""
         file = self._temporary / "manifest.json"
-        file.write_text(json.dumps({"format": FORMAT, **manifest, "files": self._files}, indent=1))
+        # Not indented: that is done in Python, beside the thread that trains, and losses are many numbers.
+        text = json.dumps({"format": FORMAT, **manifest, "files": self._files}, sort_keys=True)
+        file.write_text(f'{text[:-1]}, "digest": "{_digest(text)}"}}\n')
         flush(file)
         flush(self._temporary)
         if self.path.exists():  # a damaged one of the same number, which a resume passed over
@@ -82,7 +87,23 @@ def sequences(folder: Path) -> list[int]:
     """Numbers of the checkpoints in a state folder, newest first, whole or not."""
     if not folder.is_dir():
         return []
-    return sorted((int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdigit()), reverse=True)
+    return sorted((int(p.name) for p in folder.iterdir() if p.is_dir() and _NAME.fullmatch(p.name)), reverse=True)
+
+
+def check_folder(folder: Path) -> None:
+    """Check that a state folder is one, or is not there.
+
+    Raises:
+        UserError: it is a file, or a link to a disk that is not mounted at the moment.
+    """
+    if os.path.lexists(folder) and not folder.is_dir():
+        leads = f"leads to {os.path.realpath(folder)}, which is not there" if folder.is_symlink() else "is no folder"
+        raise UserError(
+            f"{folder} {leads}",
+            rule="a run keeps its checkpoints there",
+            remedy="mount what it leads to, or remove it to begin anew",
+            key="checkpoint.save",
+        )
 
 
 def newest_state(folder: Path, note: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
@@ -96,6 +117,7 @@ def newest_state(folder: Path, note: Callable[[str], None]) -> tuple[Path, dict[
         UserError: one can't be read at the moment or is of another version, or all are damaged: to begin anew then
             would throw away what was trained, so it must be asked for.
     """
+    check_folder(folder)
     damaged = 0
     for sequence in sequences(folder):
         path = folder / f"{sequence:08d}"
@@ -103,7 +125,7 @@ def newest_state(folder: Path, note: Callable[[str], None]) -> tuple[Path, dict[
             return path, check_state(path)
         except UserError:
             raise
-        except (ValueError, KeyError, FileNotFoundError) as error:
+        except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             note(f"checkpoint {path} is passed over: {reason}")
             damaged += 1
@@ -142,10 +164,13 @@ def check_state(path: Path) -> dict[str, Any]:
         The manifest.
 
     Raises:
-        ValueError, OSError, KeyError: what is wrong.
+        ValueError, OSError, KeyError, TypeError: what is wrong.
         UserError: it is of another version.
     """
-    manifest = json.loads((path / "manifest.json").read_text())
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+    except RecursionError:
+        raise ValueError("manifest.json is nested too deep") from None
     if not isinstance(manifest, dict):
         raise ValueError("manifest.json is no JSON object")
     if manifest["format"] != FORMAT:
@@ -155,6 +180,10 @@ def check_state(path: Path) -> dict[str, Any]:
             remedy="go on with the version that wrote it, or set checkpoint.resume: never to begin anew",
             key="checkpoint.save",
         )
+    digest = manifest.pop("digest", None)  # earlier versions wrote none
+    if digest is not None and digest != _digest(json.dumps(manifest, sort_keys=True)):
+        raise ValueError("manifest.json is damaged: its checksum differs")
+    _check_form(manifest)
     for name, seal in manifest["files"].items():
         file = path / name
         if file.parent != path:
@@ -260,6 +289,30 @@ def decode_schedule(path: Path) -> Schedule:
         token_capacity=value["token_capacity"],
         padding_multiple=value["padding_multiple"],
     )
+
+
+def _check_form(manifest: Mapping[str, Any]) -> None:
+    """Raise ValueError or KeyError where a manifest is none that a resume can read."""
+    kinds = {"window": int, "inside": bool, "shape": dict, "jobs": list, "files": dict}
+    for key, kind in kinds.items():
+        if type(manifest[key]) is not kind:
+            raise ValueError(f"manifest.json has {manifest[key]!r:.40} as {key}")
+    texts, counts = dict.fromkeys(("name", "status", "reason"), str), dict.fromkeys(("num_steps", "applied"), int)
+    fields = texts | counts | {"losses": list, "evals": list, "added": bool, "config": dict}
+    for job in manifest["jobs"]:
+        for key, kind in fields.items():
+            if type(job[key]) is not kind:
+                raise ValueError(f"manifest.json has {job[key]!r:.40} as {key} of a job")
+        if job["counters"] is not None:
+            StepCounters(**job["counters"])
+    for seal in manifest["files"].values():
+        if type(seal["bytes"]) is not int or type(seal["sha256"]) is not str:
+            raise ValueError(f"manifest.json has {seal!r:.80} of a file")
+
+
+def _digest(text: str) -> str:
+    """Of a manifest without its digest, as sorted JSON: what is read and written again has the same."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _sha256(file: Path) -> str:

@@ -1,5 +1,6 @@
 """Whole schedules: random jobs, replicas, stages; bad input; each schedule's own character."""
 
+import math
 import random
 
 import pytest
@@ -179,3 +180,32 @@ def test_an_unknown_schedule_is_refused() -> None:
 def test_a_global_batch_without_samples_still_steps() -> None:
     schedule = build_schedule(batches([[[5], [], [5]]]), PlanOptions(token_capacity=8, stages=2))
     assert [(end.step, end.position) for end in schedule.step_ends] == [(1, 0), (2, 2), (3, 4)]
+
+
+def _lengths(rng: random.Random, median: int, samples: int) -> list[int]:
+    return [max(1, min(2000, round(rng.lognormvariate(math.log(median), 0.6)))) for _ in range(samples)]
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 8])
+@pytest.mark.parametrize("stages", [1, 2, 4])
+@pytest.mark.parametrize("jobs", [1, 2, 4])
+@pytest.mark.parametrize(("median", "samples"), [(60, 16), (150, 32), (400, 8)])
+def test_staggered_is_no_slower_than_what_others_do(
+    replicas: int, stages: int, jobs: int, median: int, samples: int
+) -> None:
+    """Also where many replicas share few samples, and where padding is longer than the samples."""
+    rng = random.Random(0)
+    given_jobs = batches([[_lengths(rng, median, samples) for _ in range(12)] for _ in range(jobs)])
+    seconds = {}
+    for kind in ("staggered", "round_robin", "sequential"):
+        options = PlanOptions(token_capacity=2048, padding_multiple=64, stages=stages, replicas=replicas, schedule=kind)
+        schedule = build_schedule(given_jobs, options)
+        seconds[kind] = report_plan(schedule, given_jobs, options).predicted_seconds
+    assert seconds["staggered"] <= 1.02 * min(seconds.values())
+
+
+def test_samples_much_shorter_than_their_padding_share_microbatches() -> None:
+    """Each takes a tile if it is alone with its job."""
+    jobs = batches([[[1] * 33] * 4, [[2, 1, 1]] * 6], jobs=range(2))
+    options = PlanOptions(token_capacity=64, padding_multiple=64)
+    assert build_schedule(jobs, options).num_microbatches == 4 + 6

@@ -157,6 +157,36 @@ def test_an_inbox_and_a_log_that_can_not_be_read_wait(tmp_path, monkeypatch):
     assert [event["op"] for event in decide(box, 2)] == ["cancel", "pause"]
 
 
+def test_a_decision_in_a_new_folder_has_an_id_that_the_loaded_checkpoint_does_not_know(tmp_path):
+    """As after Megatron's --load into another checkpoint.save: what it holds stands in no log here."""
+    box = inbox(tmp_path, [], carried_out=[1, 2])
+    write(tmp_path, "p.yaml", "op: pause\nname: a\n")
+    assert [event["id"] for event in box.decide(0, STATUSES, good)] == [3]
+    again = inbox(tmp_path, [], carried_out=[1, 2])
+    assert [event["op"] for event in again.decide(0, STATUSES, good)] == ["pause"], "a kill came before a checkpoint"
+
+
+def test_lines_of_the_log_that_are_no_decisions_are_told_once_and_passed_over(tmp_path):
+    good_line = {"id": 8, "window": 0, "op": "pause", "name": "a"}
+    bad = [
+        {},
+        {**good_line, "window": "0"},
+        {**good_line, "op": "explode"},
+        {**good_line, "request": 5},
+        {"id": 9, "window": 0, "op": "add", "name": "new"},
+        {**good_line, "id": None},
+    ]
+    lines = [json.dumps(event).encode() for event in (*bad, good_line)]
+    (tmp_path / "events.jsonl").write_bytes(b"\n".join([b"\xff\xfe", b"[" * 100_000, b"7", *lines]))
+    said: list[str] = []
+    box = inbox(tmp_path, said)
+    assert [event["op"] for event in decide(box, 0)] == ["pause"]
+    assert decide(box, 1) == []
+    assert len(said) == len(bad)
+    write(tmp_path, "c.yaml", "op: cancel\nname: a\n")
+    assert [event["id"] for event in box.decide(1, {"a": "paused"}, good)] == [11]
+
+
 @pytest.mark.parametrize("name", ["123", "true", "null", "1e5", "a"])
 def test_the_command_quotes_names(name, tmp_path):
     jobs = [{"name": name, "status": "running", "reason": "", "step": 1, "num_steps": 10}]

@@ -110,6 +110,68 @@ def test_every_damage_is_seen_named_and_passed_over(damage, tmp_path):
     assert sequences(tmp_path) == [1], "it does not count as kept any more"
 
 
+RECORD = {
+    "name": "a", "status": "running", "reason": "", "num_steps": 9, "applied": 1, "losses": [2.5], "evals": [],
+    "added": False, "config": {}, "counters": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": []},
+        {"jobs": None},
+        {"jobs": ["a"]},
+        {"jobs": [{**RECORD, "losses": None}]},
+        {"jobs": [{**RECORD, "counters": {"applied": 1}}]},
+        {"jobs": [{key: value for key, value in RECORD.items() if key != "applied"}]},
+        {"window": "3"},
+        {"inside": 1},
+        {"files": {"a.safetensors": {"bytes": "9", "sha256": ""}}},
+        "gone",
+        "deep",
+        "digit",
+    ],
+    ids=str,
+)
+def test_a_manifest_of_another_form_is_passed_over_and_one_flipped_digit_too(change, tmp_path):
+    older, newer = write(tmp_path, 1), write(tmp_path, 2)
+    file = newer / "manifest.json"
+    value = json.loads(file.read_text())
+    without = {key: item for key, item in value.items() if key != "digest"}
+    file.write_text(json.dumps(without | {"jobs": [RECORD]}))
+    assert newest_state(tmp_path, pytest.fail)[0] == newer, "one of a version that wrote no digest"
+    if change == "deep":
+        file.write_text("[" * 100_000)
+    elif change == "gone":
+        file.write_text(json.dumps({key: item for key, item in without.items() if key != "inside"}))
+    elif change == "digit":
+        file.write_text(json.dumps(value | {"window": 4}))
+    else:
+        file.write_text(json.dumps(without | change))
+    said: list[str] = []
+    assert newest_state(tmp_path, said.append)[0] == older
+    assert len(said) == 1
+
+
+def test_folders_with_other_names_are_no_checkpoints(tmp_path):
+    path = write(tmp_path, 3)
+    for name in ("77", "²", "notes", "000000²1"):
+        (tmp_path / name).mkdir()
+    assert newest_state(tmp_path, pytest.fail)[0] == path
+    assert sequences(tmp_path) == [3]
+
+
+def test_a_state_folder_that_is_not_mounted_is_no_fresh_start(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "scratch")
+    (tmp_path / "file").touch()
+    for name, words in (("link", "scratch, which is not there"), ("file", "is no folder")):
+        with pytest.raises(UserError, match=words) as refused:
+            newest_state(tmp_path / name, pytest.fail)
+        assert refused.value.key == "checkpoint.save"
+    assert newest_state(tmp_path / "nothing", pytest.fail) is None
+
+
 def test_a_run_does_not_begin_anew_because_its_checkpoints_can_not_be_read(tmp_path, monkeypatch):
     older, newer = write(tmp_path, 1), write(tmp_path, 2)
 
