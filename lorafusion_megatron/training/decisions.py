@@ -1,6 +1,9 @@
 """What happens to jobs between two windows, on every rank: they end, come, pause, go on and leave."""
 
+import os
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,11 +11,13 @@ import torch
 from ..config.build import Builder
 from ..config.job import JobConfig
 from ..mcore.parallel import Groups
+from ..models.files import flush
 from .checks import check_apart
 from .jobs import Job
 from .lifecycle import Inbox
 from .new_jobs import NewJobs, check_room
 from .rack import AdapterRack
+from .resume import ADAPTER_FILES
 from .roster import Roster
 from .saver import Saver
 from .setup import Prepared
@@ -55,7 +60,8 @@ class Decisions:
         """What happens to jobs now, and whether to ask again since nothing else is left to do (rank 0)."""
         jobs = self._roster.jobs.values()
         last = not any(job.status == "running" for job in jobs if job.applied < job.num_steps)
-        events = self._inbox.decide(window, {job.name: job.status for job in jobs}, self._admit, last=last)
+        statuses = {job.name: job.status for job in jobs}
+        events = self._inbox.decide(window, statuses, self._admit, last=last, hold=self._hold_start)
         return events, last and not events and self._inbox.waits
 
     def obey(self, event: dict[str, Any]) -> None:
@@ -92,6 +98,24 @@ class Decisions:
             prepared = self._prepared
             check_room(prepared.run, prepared.spec, prepared.layers_per_chunk, mounted, config, room)
         return True
+
+    def _hold_start(self, name: str, raw: dict[str, Any]) -> dict[str, Any]:
+        """Where a new job starts from an adapter of this run, copy it: a resume that lets the job join again finds it.
+
+        Raises:
+            OSError: it can't be copied.
+        """
+        save = self._prepared.run.checkpoint.save
+        start = Builder(save / "inbox").section(JobConfig, raw, name).peft.init_from
+        if start is None or Path(os.path.realpath(save)) not in Path(os.path.realpath(start)).parents:
+            return raw
+        self._saver.drain()  # what the window that ended has learnt
+        held = Path(os.path.abspath(save / "inbox" / "starts" / name))
+        held.mkdir(parents=True, exist_ok=True)
+        for file in ADAPTER_FILES:
+            shutil.copyfile(start / file, held / file)
+            flush(held / file)
+        return {**raw, "peft": {**raw["peft"], "init_from": str(held)}}
 
     def _settle(self, job: Job) -> None:
         steps = self._rack.steps[job.index]

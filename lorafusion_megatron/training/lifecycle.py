@@ -25,6 +25,8 @@ OPERATIONS = {"pause": ("running",), "resume": ("paused",), "cancel": ("running"
 
 type Request = tuple[str | int, ...]
 """What tells a request from another whose file has its name: that name, times of change and of its entry, inode."""
+Hold = Callable[[str, dict[str, Any]], dict[str, Any]]
+"""A new job's name and its mapping -> the mapping to record, whose adapter to start from stays as it is now."""
 Check = Callable[[JobConfig], bool]
 """Whether a new job was found good; False where that is not known yet. Raises `UserError` where it can't be trained."""
 
@@ -64,7 +66,15 @@ class Inbox:
         self.waits = False
         """Whether the last `decide` left a request because its check goes on."""
 
-    def decide(self, window: int, statuses: Mapping[str, str], check: Check, *, last: bool = False) -> list[dict]:
+    def decide(
+        self,
+        window: int,
+        statuses: Mapping[str, str],
+        check: Check,
+        *,
+        last: bool = False,
+        hold: Hold = lambda name, job: job,
+    ) -> list[dict[str, Any]]:
         """The events that take effect now: those recorded for this window or one before, then new requests.
 
         Args:
@@ -72,6 +82,7 @@ class Inbox:
             statuses: name of every job so far -> its status.
             check: of new jobs.
             last: no job is left to train: what is recorded for later windows takes effect now.
+            hold: of new jobs that were found good.
         """
         now, events = dict(statuses), []
         self.waits = False
@@ -88,7 +99,7 @@ class Inbox:
         requests = self._requests()
         self._seen = {request for _, request in requests}
         for file, request in requests:
-            event = self._answer(file, request, window, now, check)
+            event = self._answer(file, request, window, now, check, hold)
             if event is not None:
                 self.carried_out.add(event["id"])
                 now[event["name"]] = _after(event["op"])
@@ -100,7 +111,7 @@ class Inbox:
         return [file.name for file, request in self._requests() if not (new and request in self._seen)]
 
     def _answer(
-        self, file: Path, request: Request, window: int, statuses: Mapping[str, str], check: Check
+        self, file: Path, request: Request, window: int, statuses: Mapping[str, str], check: Check, hold: Hold
     ) -> dict[str, Any] | None:
         """Record what a request asks for, or refuse it; None where nothing is to be done now."""
         if request in self._taken:  # a kill came between its record and its removal
@@ -119,6 +130,8 @@ class Inbox:
             self.waits = True
             return None
         try:
+            if event["op"] == "add":
+                event = {**event, "job": hold(event["name"], event["job"])}
             event = self._append({"window": window, **event, "request": list(request)})
         except OSError as error:
             self._note(f"request {file.name} waits: it could not be recorded ({error})")
