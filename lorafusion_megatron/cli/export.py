@@ -17,9 +17,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: see `models.export.export_adapter`.
     """
+    from lorafusion_megatron.config.rules import printable
     from lorafusion_megatron.models.export import export_adapter
 
     checked = export_adapter(args.run_dir, args.job, args.output, step=args.step)
-    note = "" if checked else " (its base model is not on this machine, so it was checked by itself alone)"
-    print(f"adapter: {args.output}{note}")
+    note = "" if checked else " (its base model can't be reached on this machine, so it was checked by itself alone)"
+    print(f"adapter: {printable(args.output)}{note}")
     return 0

@@ -19,6 +19,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from lorafusion_megatron.config.rules import printable
     from lorafusion_megatron.models.merge import merge_adapter
 
     columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
             args.output,
             progress=lambda written, total: progress.update(task, completed=written, total=total),
         )
-    print(f"merged model: {args.output}")
+    print(f"merged model: {printable(args.output)}")
     if other:
-        print(f"note: the adapter names {other} as its base model, and was merged into {args.base}")
+        print(f"note: the adapter names {other!r} as its base model, and was merged into {printable(args.base)}")
     return 0

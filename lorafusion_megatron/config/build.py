@@ -115,6 +115,7 @@ class Builder:
     def _path(self, raw: object, key: str, *, is_output: bool) -> Path:
         if not isinstance(raw, str) or not raw or "\0" in raw:
             raise _wrong(raw, "a path", key)
+        _check_unicode(raw, key)
         path = Path(os.path.expanduser(raw))
         beside = self.folder / path
         # os.path.exists, unlike Path.exists, takes names too long for the file system for missing ones.
@@ -144,10 +145,19 @@ def _literal(options: tuple[object, ...], raw: object, key: str) -> object:
     raise UserError(f"got {show(raw)}", rule=f"must be one of {', '.join(words)}", remedy=nearest(raw, words), key=key)
 
 
+def _check_unicode(text: str, key: str) -> None:
+    """YAML's escapes can make half of a surrogate pair, which no file name, terminal or tokenizer takes."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UserError(
+            f"got {show(text)}", rule="half of a surrogate pair is no character", remedy="mend the text", key=key
+        )
+
+
 def _scalar(hint: type, raw: object, key: str) -> object:
     if hint is bool and isinstance(raw, bool):
         return raw
     if hint is str and isinstance(raw, str):
+        _check_unicode(raw, key)
         return raw
     if hint in (int, float) and isinstance(raw, int | float) and not isinstance(raw, bool):
         if isinstance(raw, float) and not math.isfinite(raw):

@@ -30,6 +30,8 @@ RESERVED_START = "earlier-"
 MAX_SEED = (1 << 63) - 1
 MAX_COUNT = (1 << 31) - 1
 """Bound of counts: steps, rows and tokens are 32-bit in dropout keys and packed batches."""
+MAX_BATCH = 1 << 16
+"""Bound of samples per optimizer step: a plan of one such batch takes 10 s, and the time grows with the square."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +142,7 @@ class TrainConfig:
     """Steps in a row with a gradient that is not finite after which the job is stopped."""
 
     def __post_init__(self) -> None:
-        in_range("global_batch_size", self.global_batch_size, low=1, high=MAX_COUNT)
+        in_range("global_batch_size", self.global_batch_size, low=1, high=MAX_BATCH)
         in_range("train_iters", self.train_iters, low=1, high=MAX_COUNT)
         in_range("epochs", self.epochs, low=0, above=True, high=1e6)
         in_range("max_bad_steps", self.max_bad_steps, low=1, high=MAX_COUNT)
@@ -250,6 +252,23 @@ class JobConfig:
         )
         if self.train.train_iters is not None:
             self.check_warmup(self.train.train_iters)
+
+    def check_length(self, rows: int, *, key: str = "") -> None:
+        """Check what is known of a job's length once its rows are counted.
+
+        Args:
+            rows: rows of its data set.
+            key: key path of the job, for messages.
+        """
+        steps = self.train.num_steps(rows)
+        require(
+            steps <= MAX_COUNT,
+            key=f"{key}.train.epochs".lstrip("."),
+            given=f"{steps} optimizer steps" if steps > MAX_COUNT else "",
+            rule=f"a job has at most {MAX_COUNT}",
+            remedy="give fewer epochs or a larger global batch",
+        )
+        self.check_warmup(steps, key=key)
 
     def check_warmup(self, num_steps: int, *, key: str = "") -> None:
         """Check that the warmup ends before the job does (with epochs, known once the rows are counted).

@@ -19,6 +19,11 @@ def show(value: object) -> str:
     return _short.repr(value)
 
 
+def printable(path: str) -> str:
+    """A path of the command line as every terminal takes it: bytes that are no text are escaped."""
+    return path.encode(errors="backslashreplace").decode()
+
+
 def require(ok: bool, *, key: str, given: str, rule: str, remedy: str) -> None:
     """Raise the `UserError` of these parts unless ``ok``."""
     if not ok:

@@ -1,6 +1,7 @@
 """YAML as run files use it: safe, without doubled keys, with numbers read the way people write them."""
 
 import re
+from typing import Any
 
 import yaml
 
@@ -9,6 +10,9 @@ from lorafusion_megatron.errors import UserError
 
 MAX_CHARACTERS = 1 << 22
 """Longest run file, 4 Mi characters: a thousand jobs take a tenth of it."""
+
+
+_MERGE = "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.SafeLoader):
@@ -23,17 +27,44 @@ class _Loader(yaml.SafeLoader):
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
-        """As PyYAML's; a key that comes twice is an error."""
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """As PyYAML's; a key that comes twice is an error.
+
+        Asked here and not where the mapping is built: by then a merge (``<<``) may have put keys of other mappings in.
+        """
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+            if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"key {show(key.value)} comes twice", key.start_mark
-                    )
+                    raise yaml.composer.ComposerError(None, None, f"key {show(key.value)} comes twice", key.start_mark)
                 seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Replace ``<<`` by what it merges: a mapping's own keys go first, then earlier mappings before later ones.
+
+        PyYAML 6.0.4 compares keys by where they lie in memory: a merged ``r`` wins over an own one where that mapping
+        is merged again, and of a list of mappings the last one wins.
+        """
+        merged: dict[object, tuple[yaml.Node, yaml.Node]] = {}
+        merges = [value for key, value in node.value if key.tag == _MERGE]
+        node.value = [(key, value) for key, value in node.value if key.tag != _MERGE]
+        for value in merges:
+            for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if not isinstance(source, yaml.MappingNode):
+                    raise yaml.constructor.ConstructorError(
+                        None, None, "<< merges something else than a section or a list of them", source.start_mark
+                    )
+                self.flatten_mapping(source)
+                for pair in source.value:
+                    merged.setdefault(_identity(pair[0]), pair)
+        own = {_identity(key) for key, _ in node.value}
+        node.value = [pair for key, pair in merged.items() if key not in own] + node.value
+
+
+def _identity(key: yaml.Node) -> object:
+    return (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key)
 
 
 _Loader.add_implicit_resolver(

@@ -14,6 +14,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lorafusion_megatron.errors import UserError
 
+TOOLS, TOOL_CALLS = "tools", "tool_calls"
+TURN_EXTRAS = (TOOL_CALLS, "reasoning_content")
+"""What a turn may hold beside its role and content."""
+
 type Message = dict[str, object]
 type Span = tuple[int, int]
 
@@ -66,7 +70,7 @@ class ChatTemplate:
         self, text: str, special_tokens: dict[str, str], *, today: datetime.datetime, key: str, template_key: str
     ) -> None:
         self._special_tokens, self._key, self._template_key = special_tokens, key, template_key
-        self._calls_tools = "tool_calls" in text
+        self._unread = {name for name in (TOOLS, *TURN_EXTRAS) if name not in text}
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
         )
@@ -111,7 +115,7 @@ class ChatTemplate:
         Raises:
             UserError: the template does not take the messages, or rewrites earlier turns.
         """
-        if not self._calls_tools and any(message.get("content") is None for message in messages):
+        if TOOL_CALLS in self._unread and any(map(_only_calls, messages)):
             raise UserError(
                 f"{place}: a turn has tool_calls and no content, and the chat template knows nothing of tool_calls",
                 rule="a template must write what the assistant says",
@@ -146,6 +150,11 @@ class ChatTemplate:
             spans.append((len(before), self._turn_end(full, len(before), len(after))))
         return full, spans
 
+    def unread(self, messages: Sequence[Message], tools: object = None) -> set[str]:
+        """What a conversation has beside its content that the template never mentions: nothing is trained of it."""
+        found = {TOOLS} if tools else set()
+        return self._unread & found.union(name for name in TURN_EXTRAS for message in messages if message.get(name))
+
     def _marked_spans(self, text: str) -> list[Span]:
         """Where what the template marked stands in the text."""
         spans = [(start, start + len(marked)) for start, marked in self._generation.marked]
@@ -166,6 +175,11 @@ class ChatTemplate:
             return stop
         last = text.rfind(eos, start, stop)
         return last + len(eos) if last >= 0 and not text[last + len(eos) : stop].strip() else stop
+
+
+def _only_calls(message: Message) -> bool:
+    """Whether all that a turn says is its tool calls: many exporters write the content beside them as ""."""
+    return bool(message.get(TOOL_CALLS)) and not str(message.get("content") or "").strip()
 
 
 def _raise(message: str) -> None:

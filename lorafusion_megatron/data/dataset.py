@@ -3,6 +3,7 @@
 import hashlib
 import json
 from array import array
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -19,6 +20,7 @@ class JobDataset:
         labels: bool, same shape: whether the token is a label (something the loss asks the model to predict).
         offsets: int64 ``[rows + 1]``: row r holds the tokens ``offsets[r]`` to ``offsets[r + 1]``.
         rows_truncated: how many rows lost their tail to ``max_length``.
+        unread: what rows have that their chat template never mentions: ``tools``, ``reasoning_content``, …
 
     Note: 5 bytes a token and 24 a row; a million rows of 500 tokens take 2.5 GB, on disk where they are mapped from
         there (`open`).
@@ -32,8 +34,11 @@ class JobDataset:
         labels: npt.NDArray[np.bool_],
         offsets: npt.NDArray[np.int64],
         rows_truncated: int = 0,
+        unread: Iterable[str] = (),
     ) -> None:
         self.path = path
+        self.unread = tuple(sorted(unread))
+        """What rows have that their chat template never mentions."""
         self.rows_truncated = rows_truncated
         """Rows cut to ``max_length``."""
         self._ids, self._labels, self._offsets = ids, labels, offsets
@@ -51,7 +56,8 @@ class JobDataset:
         """Write what `open` maps into an existing folder."""
         for name, values in (("ids", self._ids), ("labels", self._labels), ("offsets", self._offsets)):
             np.save(folder / f"{name}.npy", values)
-        (folder / "rows.json").write_text(json.dumps({"truncated": self.rows_truncated, "digest": self.digest}))
+        told = {"truncated": self.rows_truncated, "unread": self.unread, "digest": self.digest}
+        (folder / "rows.json").write_text(json.dumps(told))
 
     @classmethod
     def open(cls, folder: Path, path: Path) -> "JobDataset":
@@ -71,7 +77,14 @@ class JobDataset:
         if not whole or not len(ids) == len(labels) == offsets[-1]:
             raise ValueError(f"{folder} is not whole")
         told = json.loads((folder / "rows.json").read_text())
-        rows = cls(path=path, ids=ids, labels=labels, offsets=offsets, rows_truncated=int(told["truncated"]))
+        rows = cls(
+            path=path,
+            ids=ids,
+            labels=labels,
+            offsets=offsets,
+            rows_truncated=int(told["truncated"]),
+            unread=map(str, told["unread"]),
+        )
         rows.__dict__["digest"] = str(told["digest"])
         return rows
 
@@ -111,6 +124,8 @@ class DatasetBuilder:
         self._offsets = array("q", [0])
         self.rows_truncated = 0
         """Rows that the caller cut."""
+        self.unread: set[str] = set()
+        """What rows have that their chat template never mentions."""
 
     def append(self, ids: list[int], labels: list[bool]) -> None:
         """Add a row; both lists have one entry per token."""
@@ -125,6 +140,7 @@ class DatasetBuilder:
         self._labels.extend(other._labels)
         self._offsets.extend(before + offset for offset in other._offsets[1:])
         self.rows_truncated += other.rows_truncated
+        self.unread |= other.unread
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -137,4 +153,5 @@ class DatasetBuilder:
             labels=np.frombuffer(self._labels, dtype=np.bool_),
             offsets=np.frombuffer(self._offsets, dtype=np.int64),
             rows_truncated=self.rows_truncated,
+            unread=self.unread,
         )

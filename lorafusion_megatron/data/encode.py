@@ -26,6 +26,7 @@ def encode_rows(rows: Iterable[Row], tokenizer: RowTokenizer, source: DataSource
             ids, labels = ids[: source.max_length], labels[: source.max_length]
             builder.rows_truncated += 1
         builder.append(ids, labels)
+    builder.unread |= tokenizer.unread
 
 
 def _check_ids(ids: list[int], place: str, source: DataSource) -> None:

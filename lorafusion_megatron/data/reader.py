@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import stat
 import zlib
 from collections.abc import Iterator
 from itertools import islice
@@ -25,14 +26,15 @@ def read_rows(path: Path, *, key: str) -> Iterator[tuple[str, dict[str, object]]
     Raises:
         UserError: the file is missing or unreadable, or a row is not a JSON object.
     """
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise UserError(
-            f"{path} is a pipe or a device",
-            rule="a data file is read more than once",
-            remedy="write the rows to a file",
-            key=key,
-        )
     try:
+        kind = path.stat().st_mode
+        if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
+            raise UserError(
+                f"{path} is a pipe or a device",
+                rule="a data file is read more than once",
+                remedy="write the rows to a file",
+                key=key,
+            )
         with _open(path) as file:
             start = file.read(1)
             while start.isspace():

@@ -85,6 +85,8 @@ class RowTokenizer:
         self._source, self._key = source, source.key
         self._kind = like.kind if like else ""
         self._first = like.place if like else ""
+        self.unread: set[str] = set()
+        """What rows so far have that the chat template never mentions."""
         if like and like.tokenizer is not None:
             self.__dict__["_tokenizer"] = like.tokenizer
         self._by_kind: dict[str, Callable[[dict[str, object], str], Tokens]] = {
@@ -174,6 +176,7 @@ class RowTokenizer:
         messages, tools = self._conversation(row["messages"], place), self._tools(row.get("tools"), place)
         template = self._template if tools is None else self._tool_template
         text, spans = template.assistant_spans(messages, place, tools)
+        self.unread |= template.unread(messages, tools)
         if not _is_unicode(text):  # from a field of the row that only the template reads
             raise UserError(
                 f"{place}: the conversation holds half of a surrogate pair",

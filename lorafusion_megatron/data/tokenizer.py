@@ -1,6 +1,7 @@
 """The base model's tokenizer, without Transformers where ``tokenizer.json`` is there."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,14 @@ class TextTokenizer:
 
     def _from_file(self, folder: Path) -> Any:
         path = folder / "tokenizer.json"
-        if not path.is_file():
+        content = _read_json(path, self._key)
+        if not content:
             return None
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise self._unusable(f"{path} cannot be read ({str(error)[:120]})", "copy the file anew") from None
-        is_byte_level = '"ByteLevel"' in json.dumps(_read_json(path, self._key).get("pre_tokenizer"))
+        is_byte_level = '"ByteLevel"' in json.dumps(content.get("pre_tokenizer"))
         # Transformers adds tokens that other files declare.
         whole = all(tokenizer.token_to_id(token) is not None for token in self._declared(folder))
         return tokenizer if is_byte_level and whole else None
@@ -85,7 +87,7 @@ class TextTokenizer:
         return {text for text in texts if isinstance(text, str) and text}
 
     def _from_transformers(self, folder: Path, trust_remote_code: bool) -> Any:
-        if not any((folder / name).is_file() for name in _FILES):
+        if not any(os.path.isfile(folder / name) for name in _FILES):
             raise self._unusable(f"{folder} has no tokenizer", "add tokenizer.json to the folder")
         try:
             converted = convert_apart(folder, trust_remote_code=trust_remote_code)
@@ -186,12 +188,15 @@ def read_chat_template(
 
 def _read_json(path: Path, key: str) -> dict[str, Any]:
     """A JSON object; empty where there is no such file."""
-    if not path.is_file():
-        return {}
+    given = f"{path} is not a JSON object"
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        value, given = None, f"{path} cannot be read ({error.strerror})"
+    except (ValueError, RecursionError):
         value = None
     if isinstance(value, dict):
         return value
-    raise UserError(f"{path} is not a JSON object", rule="it must be one", remedy="copy the file anew", key=key)
+    raise UserError(given, rule="it must be a JSON object", remedy="copy the file anew", key=key)

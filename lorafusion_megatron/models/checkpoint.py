@@ -1,18 +1,30 @@
 """The files of a Hugging Face checkpoint and their tensors, by headers alone; knows no torch."""
 
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
 from lorafusion_megatron.errors import UserError
 from lorafusion_megatron.models.families import hf_tensors
+from lorafusion_megatron.models.files import read_fault
 from lorafusion_megatron.types import ModelSpec
 
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 _DTYPES = {"F32", "F16", "BF16"}
 # Buffers that old versions of Transformers saved; they follow from the configuration.
 _IGNORED = (".rotary_emb.inv_freq",)
+
+
+class Header(NamedTuple):
+    """What a safetensors file says of one tensor ahead of its values."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """``F32``, ``BF16``, …"""
 
 
 def read_json_object(file: Path, *, key: str) -> dict[str, Any]:
@@ -24,7 +36,8 @@ def read_json_object(file: Path, *, key: str) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        given = f"{file} does not exist" if isinstance(error, FileNotFoundError) else f"{file} can't be read ({error})"
+        missing = isinstance(error, FileNotFoundError)
+        given = f"{file} does not exist" if missing else f"{file} can't be read ({read_fault(file, error)})"
         raise UserError(given, rule="it must be a JSON file", remedy="complete the folder", key=key) from None
     if not isinstance(content, dict):
         raise UserError(
@@ -34,19 +47,21 @@ def read_json_object(file: Path, *, key: str) -> dict[str, Any]:
 
 
 def checkpoint_files(folder: str | Path, *, key: str = "base_model.path") -> tuple[Path, ...]:
-    """The safetensors files of a model: those that the index names, or ``model.safetensors``.
+    """The safetensors files of a model: ``model.safetensors``, or else those that the index names.
 
     Raises:
         UserError: there is neither, or the index names a file that is missing.
+
+    Note: where both are there Transformers takes the single file, so that is the model that this folder is elsewhere.
     """
     folder = Path(folder)
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if not index.exists():
-        if single.is_file():
-            return (single,)
+    index, single = folder / INDEX_FILE, folder / SINGLE_FILE
+    if os.path.isfile(single):
+        return (single,)
+    if not os.path.lexists(index):
         other = sorted(file.name for suffix in ("*.bin", "*.gguf", "*.pth") for file in folder.glob(suffix))
         raise UserError(
-            f"{folder} holds no model.safetensors and no {index.name}" + (f", but {other[0]}" if other else ""),
+            f"{folder} holds no {SINGLE_FILE} and no {index.name}" + (f", but {other[0]}" if other else ""),
             rule="weights are read from safetensors files alone",
             remedy="save the model with safetensors, or complete the download",
             key=key,
@@ -61,7 +76,7 @@ def checkpoint_files(folder: str | Path, *, key: str = "base_model.path") -> tup
             key=key,
         )
     files = tuple(folder / name for name in sorted(set(names)))
-    missing = [file.name for file in files if not file.is_file()]
+    missing = [file.name for file in files if not os.path.isfile(file)]
     if missing:
         raise UserError(
             f"{folder} lacks {missing[0]} ({len(missing)} of {len(files)} files)",
@@ -90,7 +105,7 @@ def check_base_weights(path: str | Path, spec: ModelSpec, *, key: str = "base_mo
     wanted = dict(hf_tensors(spec))
     found: dict[str, Path] = {}
     for file in checkpoint_files(path, key=key):
-        for name, shape, dtype in _header(file, key):
+        for name, (shape, dtype) in read_header(file, key=key, remedy="download it again").items():
             if name.endswith(_IGNORED) or (spec.tied and name == "lm_head.weight"):
                 continue
             if name not in wanted:
@@ -111,17 +126,22 @@ def check_base_weights(path: str | Path, spec: ModelSpec, *, key: str = "base_mo
     return found
 
 
-def _header(file: Path, key: str) -> list[tuple[str, tuple[int, ...], str]]:
-    """Name, shape and dtype of every tensor of a file."""
+def read_header(file: Path, *, key: str, remedy: str) -> dict[str, Header]:
+    """Name of every tensor of a safetensors file -> its shape and dtype; no values are read.
+
+    Raises:
+        UserError: the file is missing, unreadable or damaged; ``remedy`` is what to do about a damaged one.
+    """
     try:
         with safe_open(file, framework="numpy") as opened:
-            slices = [(name, opened.get_slice(name)) for name in opened.keys()]  # noqa: SIM118
-            return [(name, tuple(part.get_shape()), part.get_dtype()) for name, part in slices]
+            slices = ((name, opened.get_slice(name)) for name in opened.keys())  # noqa: SIM118
+            return {name: Header(tuple(part.get_shape()), part.get_dtype()) for name, part in slices}
     except (SafetensorError, OSError) as error:
+        denied = isinstance(error, OSError) and os.path.lexists(file)
         raise UserError(
-            f"{file} can't be read ({error})",
+            f"{file} can't be read ({read_fault(file, error)})",
             rule="it must be a whole safetensors file",
-            remedy="download it again",
+            remedy="make it readable" if denied else remedy,
             key=key,
         ) from None
 

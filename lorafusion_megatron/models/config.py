@@ -7,6 +7,7 @@ from typing import Any
 from lorafusion_megatron.errors import UserError
 from lorafusion_megatron.models.checkpoint import checkpoint_files, read_json_object
 from lorafusion_megatron.models.families import FAMILIES, Family, Sliding
+from lorafusion_megatron.models.files import folder_fault
 from lorafusion_megatron.types import ModelSpec
 
 SUPPORTED = "Llama, Mistral, Qwen2, Qwen2.5 and dense Qwen3 are supported, in float32, float16 or bfloat16"
@@ -28,9 +29,9 @@ def read_model_spec(path: str | Path, *, key: str = "base_model.path") -> ModelS
         UserError: the directory or a file is missing, or the model is not one that can be trained here.
     """
     folder = Path(path)
-    if not folder.is_dir():
+    if (fault := folder_fault(folder)) is not None:
         raise UserError(
-            f"{str(path)!r} is not a directory",
+            f"{str(path)!r} {fault}",
             rule="a base model is a directory in Hugging Face's format",
             remedy="give the path of a downloaded model",
             key=key,

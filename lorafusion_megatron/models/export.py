@@ -1,18 +1,14 @@
 """Taking one adapter out of a run's folder."""
 
+import os
 import re
 from pathlib import Path
 
 from lorafusion_megatron.errors import UserError
-from lorafusion_megatron.models.adapter import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    check_adapter_fits,
-    read_adapter,
-    write_adapter,
-)
+from lorafusion_megatron.models.adapter import read_adapter, write_adapter
+from lorafusion_megatron.models.adapter_config import CONFIG_FILE, WEIGHTS_FILE, check_adapter_fits
 from lorafusion_megatron.models.config import read_model_spec
-from lorafusion_megatron.models.files import prepare_output
+from lorafusion_megatron.models.files import folder_fault, prepare_output
 
 _STEP = re.compile(r"step_(\d+)")
 
@@ -27,7 +23,8 @@ def export_adapter(run_dir: str | Path, job: str, output: str | Path, *, step: i
         step: a kept step; None takes the latest adapter.
 
     Returns:
-        Whether the adapter was also checked against its base model: not where that is no folder on this machine.
+        Whether the adapter was also checked against its base model: not where that is no folder
+            on this machine, or one that may not be entered.
 
     Raises:
         UserError: there is no such run, job or step; the adapter is damaged or doesn't fit its base model; the
@@ -35,13 +32,14 @@ def export_adapter(run_dir: str | Path, job: str, output: str | Path, *, step: i
     """
     source = find_adapter(run_dir, job, step)
     config, tensors = read_adapter(source, key="RUN_DIR")
-    base = Path(config.base_model_path)
-    has_base = bool(config.base_model_path) and base.is_dir()
+    base = config.base_model_path
+    has_base = bool(base) and folder_fault(base) is None
     if has_base:
         model = read_model_spec(base, key=str(source / CONFIG_FILE))
-        check_adapter_fits(source, config, tensors, model, key="RUN_DIR")
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        check_adapter_fits(source, config, shapes, model, key="RUN_DIR")
     folder = prepare_output(output, (source / WEIGHTS_FILE).stat().st_size, key="--output")
-    write_adapter(folder, config.spec(job), config.base_model_path, tensors)
+    write_adapter(folder, config.spec(job), base, tensors)
     return has_base
 
 
@@ -52,16 +50,12 @@ def find_adapter(run_dir: str | Path, job: str, step: int | None = None) -> Path
         UserError: there is none; the message lists those that there are.
     """
     run = Path(run_dir)
-    if not run.is_dir():
-        raise UserError(
-            f"{str(run)!r} is not a directory",
-            rule="a run's folder is what checkpoint.save names",
-            remedy="give the folder of a run",
-            key="RUN_DIR",
-        )
+    _check_listed(run)
     # Hidden folders are adapters that are being written.
     jobs = sorted(file.parent.name for file in run.glob(f"[!.]*/{CONFIG_FILE}"))
     if job not in jobs:
+        if os.path.isdir(run / job):
+            _check_listed(run / job)
         raise UserError(
             f"{run} holds no adapter of {job!r}",
             rule=f"jobs with an adapter: {', '.join(jobs) or 'none'}",
@@ -80,3 +74,14 @@ def find_adapter(run_dir: str | Path, job: str, step: int | None = None) -> Path
             key="--step",
         )
     return run / job / kept[step]
+
+
+def _check_listed(folder: Path) -> None:
+    """Globbing takes a folder that may not be listed for an empty one."""
+    if (fault := folder_fault(folder, listed=True)) is not None:
+        raise UserError(
+            f"{str(folder)!r} {fault}",
+            rule="a run's folder is what checkpoint.save names",
+            remedy="give the folder of a run",
+            key="RUN_DIR",
+        )

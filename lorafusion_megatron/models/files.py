@@ -1,10 +1,11 @@
-"""Files that survive a crash, and folders that commands write to."""
+"""Files that survive a crash, folders that commands write to, and why something can't be read."""
 
 import errno
 import os
 import re
 import shutil
 import socket
+import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -26,6 +27,39 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def folder_fault(folder: str | Path, *, listed: bool = False) -> str | None:
+    """What keeps a folder from being used, in the words of a message; None where nothing does.
+
+    Path.is_dir does not serve: it raises where a folder above may not be entered or a name is too long.
+
+    Args:
+        folder: the folder.
+        listed: whether its names will be asked for too.
+    """
+    try:
+        if not stat.S_ISDIR(os.stat(folder).st_mode):
+            return "is not a directory"
+        if listed:
+            os.scandir(folder).close()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a text that is no path
+        return "is not a directory"
+    except OSError as error:
+        return f"can't be read ({error.strerror})"
+    return None
+
+
+def read_fault(file: Path, error: Exception) -> str:
+    """Why reading a file failed with ``error``.
+
+    safetensors says of whatever it can't open that there is no such file, so the system is asked once more.
+    """
+    try:
+        file.open("rb").close()
+    except OSError as found:
+        error = found
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def prepare_output(output: str | Path, size: int, *, key: str) -> Path:

@@ -15,6 +15,7 @@ from lorafusion_megatron.models.families import (
     find_parameter,
     source_tensors,
 )
+from lorafusion_megatron.models.files import read_fault
 from lorafusion_megatron.types import ModelSpec
 
 
@@ -116,5 +117,7 @@ def _fill(piece: _Piece, file: Path, key: str) -> None:
             rows = slice(piece.start, piece.stop)
             read = source[rows] if piece.dim == 0 else source[:, rows]
     except (SafetensorError, OSError) as error:
-        raise tensor_error(file, piece.name, f"can't be read ({error})", "the file must be whole", key) from None
+        raise tensor_error(
+            file, piece.name, f"can't be read ({read_fault(file, error)})", "the file must be whole", key
+        ) from None
     piece.target.copy_(read.reshape(piece.target.shape))

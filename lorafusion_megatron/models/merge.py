@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 
 from lorafusion_megatron.errors import UserError
 from lorafusion_megatron.models.adapter import read_adapter
-from lorafusion_megatron.models.checkpoint import check_base_weights, checkpoint_files
+from lorafusion_megatron.models.checkpoint import INDEX_FILE, SINGLE_FILE, check_base_weights, checkpoint_files
 from lorafusion_megatron.models.config import read_model_spec
 from lorafusion_megatron.models.files import flush, prepare_output, temporary_folder
 
@@ -83,10 +83,12 @@ def merge_adapter(
         if name.endswith(".lora_A.weight")
     }
     files = checkpoint_files(base, key="--base")
+    companions = _companions(Path(base), files)
     total = sum(file.stat().st_size for file in files)
     folder = prepare_output(output, total, key="--output")
     with temporary_folder(folder) as temporary:
-        _copy_companions(Path(base), temporary)
+        for file in companions:
+            _copy(file, temporary / file.relative_to(base))
         written = 0
         for file in files:
             for size in _merge_file(file, temporary / file.name, deltas):
@@ -124,15 +126,31 @@ def _base_name(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
 
 
-def _copy_companions(base: Path, target: Path) -> None:
-    for file in sorted([*base.iterdir(), *base.glob(f"{_TEMPLATES}/*.jinja")]):
-        wanted = file.suffix in _COPIED_SUFFIXES or file.name.upper().startswith(("LICENSE", "NOTICE"))
-        if file.is_file() and wanted and not file.name.startswith("adapter_"):
-            copy = target / file.relative_to(base)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, copy)
-            flush(copy)
-            flush(copy.parent)
+def _companions(base: Path, weights: Sequence[Path]) -> list[Path]:
+    """What a merged model takes from its base beside the weights: configuration, tokenizer, licence; all readable."""
+    left_out = {INDEX_FILE} if weights == (base / SINGLE_FILE,) else set()  # an index of files that it does not have
+    found = []
+    try:
+        for file in sorted([*base.iterdir(), *base.glob(f"{_TEMPLATES}/*.jinja")]):
+            wanted = file.suffix in _COPIED_SUFFIXES or file.name.upper().startswith(("LICENSE", "NOTICE"))
+            if wanted and file.name not in left_out and not file.name.startswith("adapter_") and file.is_file():
+                file.open("rb").close()
+                found.append(file)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename} can't be read ({error.strerror})",
+            rule="a merged model has the base's configuration and tokenizer too",
+            remedy="make it readable",
+            key="--base",
+        ) from None
+    return found
+
+
+def _copy(file: Path, copy: Path) -> None:
+    copy.parent.mkdir(exist_ok=True)
+    shutil.copyfile(file, copy)
+    flush(copy)
+    flush(copy.parent)
 
 
 def _merge_file(source: Path, target: Path, deltas: Mapping[str, _Delta]) -> Iterator[int]:

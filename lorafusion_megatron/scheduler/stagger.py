@@ -100,12 +100,11 @@ def _no_slower_than_others(
 
     best = seconds_of(rows)
     packing = options if wasteful else replace(options, solver_seconds=0.0)
-    others = [lambda: in_turn_rows(batches, packing, weights)]
+    others = [in_turn_rows(batches, packing, weights)]
     if wasteful:
-        others.append(lambda: flow_rows(batches, _full_limits(batches, options, weights)))
-        others.append(lambda: grouped_rows(batches, packing, weights))
-    for make in others:
-        other = make()
+        others.append(flow_rows(batches, _full_limits(batches, options, weights)))
+        others.append(grouped_rows(batches, packing, weights))
+    for other in others:
         seconds = seconds_of(other)
         if seconds < WORTH * best:
             rows, best = other, seconds

@@ -71,10 +71,11 @@ def check_dataset(
         key: the job's place, for messages; None: that in ``run.jobs``.
 
     Returns:
-        Notes: rows that train nothing, were cut, or come more than once in a batch.
+        Notes: rows that train nothing, were cut, come more than once in a batch, or hold what nothing reads.
 
     Raises:
-        UserError: a row is longer than a microbatch or than the model reaches, or the warmup is longer than the job.
+        UserError: a row is longer than a microbatch or than the model reaches, the job has too many
+            steps, or the warmup is longer than the job.
     """
     job, job_key = run.jobs[job_index], key or f"jobs[{job_index}]"
     key = f"{job_key}.{section}.path"
@@ -100,8 +101,13 @@ def check_dataset(
         )
     if dataset.rows_truncated:
         notes.append(f"{job.name}: {dataset.rows_truncated} rows of {dataset.path} were cut to max_length")
+    if dataset.unread:
+        notes.append(
+            f"{job.name}: rows of {dataset.path} have {', '.join(dataset.unread)}, which the chat template never "
+            "mentions: nothing is trained of it"
+        )
     if section == "dataset":
-        job.check_warmup(job.train.num_steps(len(dataset)), key=job_key)
+        job.check_length(len(dataset), key=job_key)
         if job.train.global_batch_size > len(dataset):
             notes.append(
                 f"{job.name}: a global batch of {job.train.global_batch_size} takes some of the {len(dataset)} rows "
@@ -196,8 +202,9 @@ def _check_output(folder: Path) -> None:
 
 def _check_writable(path: Path, rule: str, remedy: str, key: str) -> None:
     """Check that what is there is a folder that this user may write."""
-    if not (path.is_dir() and os.access(path, os.W_OK | os.X_OK)):
-        reason = "may not be written" if path.is_dir() else "is no folder"
+    is_folder = os.path.isdir(path)
+    if not (is_folder and os.access(path, os.W_OK | os.X_OK)):
+        reason = "may not be written" if is_folder else "is no folder, or one that may not be entered"
         raise UserError(f"{path} {reason}", rule=rule, remedy=remedy, key=key)
 
 

@@ -148,6 +148,7 @@ def describe(memory: Sequence[StageMemory], measured: Mapping[int, int] | None =
             "activations": part.activations,
             "logits": part.logits,
             "transient": part.transient,
+            "libraries": LIBRARY_BYTES,
         }
         text = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items() if size)
         line = f"stage {stage}: {part.total / 2**30:.2f} GiB predicted ({text})"

@@ -134,6 +134,13 @@ def tensors(name: str, change: Callable[[dict[str, Any]], Any]) -> Spoil:
     return spoil
 
 
+def tool_calls(content: str | None) -> dict[str, Any]:
+    """A conversation whose assistant calls a tool."""
+    calls = [{"function": {"name": "f", "arguments": {}}}]
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": content, "tool_calls": calls}]
+    return {"messages": turns}
+
+
 CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
 TWO_TURNS = {"messages": CHAT["messages"] * 2}
 REWRITES = CHATML.replace("m['content']", "(m['content'] if loop.last else '...')")
@@ -155,6 +162,7 @@ RUN_FILE = (
     Bad("file is not UTF-8", "run.yaml", "not UTF-8", text(b"\xff\xfe\x00")),
     Bad("file is not YAML", "run.yaml", "line 2", text("a: [1,\nb: 2")),
     Bad("key comes twice", "run.yaml", "comes twice at line 2", text("runtime: {}\nruntime: {}\n")),
+    Bad("merge comes twice", "run.yaml", "'<<' comes twice at line 3", text("a: &a {}\nb:\n  {<<: *a, <<: *a}\n")),
     Bad("python object", "run.yaml", "plain YAML", text("base_model: !!python/object/apply:os.system ['true']\n")),
     Bad("two documents", "run.yaml", "plain YAML", text("a: 1\n---\nb: 2\n")),
     Bad("nested too deep", "run.yaml", "plain YAML", text("a: " + "[" * 5000)),
@@ -241,6 +249,21 @@ RUN_FILE = (
         keys("jobs.1.scheduler.lr_warmup_iters", 5),
     ),
     Bad("batch of 0", "jobs[0].train.global_batch_size", "at least 1", keys("jobs.0.train.global_batch_size", 0)),
+    Bad(
+        "batch of 2^31",
+        "jobs[0].train.global_batch_size",
+        "at most 65536",
+        keys("jobs.0.train.global_batch_size", (1 << 31) - 1),
+    ),
+    Bad(
+        "steps beyond 31 bits",
+        "jobs[1].train.epochs",
+        "5000000000 optimizer steps; a job has at most 2147483647",
+        both(
+            lambda case: write_rows(case.folder / "data" / "second.jsonl", id_rows(5000)),
+            keys("jobs.1.train", {"global_batch_size": 1, "epochs": 1e6}),
+        ),
+    ),
     Bad("no batch", "jobs[0].train.global_batch_size", "missing", keys("jobs.0.train", {"train_iters": 3})),
     Bad("no length", "jobs[0].train.train_iters", "needs a length", keys("jobs.0.train", {"global_batch_size": 3})),
     Bad("two lengths", "jobs[0].train.epochs", "both given", keys("jobs.0.train.epochs", 2)),
@@ -253,6 +276,9 @@ RUN_FILE = (
     Bad("keep nothing", "checkpoint.keep", "at least 1", keys("checkpoint.keep", 0)),
     Bad("unknown device", "runtime.device", "auto, cuda, cpu", keys("runtime.device", "tpu")),
     Bad("unknown dtype", "base_model.dtype", "bfloat16, float32", keys("base_model.dtype", "int8")),
+    Bad("path is half a character", DATA, "half of a surrogate pair", keys("jobs.0.dataset.path", "\ud800")),
+    Bad("output is half a character", "checkpoint.save", "half of a surrogate pair", keys("checkpoint.save", "\udfff")),
+    Bad("text is half a character", "logger.wandb_project", "surrogate pair", keys("logger.wandb_project", "a\ud800")),
     Bad("path is a number", "base_model.path", "must be a path", keys("base_model.path", 5)),
     Bad("capacity below the padding", "runtime.padding_multiple", "fit", keys("runtime.padding_multiple", 128)),
     Bad(
@@ -367,7 +393,7 @@ FOLDERS = (
         tensors("base/model.safetensors", lambda found: found.pop("model.norm.weight")),
     ),
     Bad("weights of another size", "base_model.path", "shape", model(intermediate_size=48)),
-    Bad("adapter is missing", "jobs[0].peft.init_from", "not a folder", lambda case: shutil.rmtree(case.adapter)),
+    Bad("adapter is missing", "jobs[0].peft.init_from", "is not a directory", lambda case: shutil.rmtree(case.adapter)),
     Bad(
         "adapter without settings",
         "jobs[0].peft.init_from",
@@ -396,6 +422,80 @@ FOLDERS = (
         keys("jobs.0.peft.target_modules", ["q_proj"]),
     ),
     Bad("adapter is not LoRA", "jobs[0].peft.init_from", "peft_type", adapter(peft_type="IA3")),
+    Bad(
+        "adapter with DoRA",
+        "jobs[0].peft.init_from",
+        "use_dora is True; use_dora is not supported",
+        adapter(use_dora=True),
+    ),
+    Bad("adapter with biases", "jobs[0].peft.init_from", "bias is 'all'", adapter(bias="all")),
+    Bad("adapter with biases of its own", "jobs[0].peft.init_from", "lora_bias is True", adapter(lora_bias=True)),
+    Bad(
+        "adapter with modules",
+        "jobs[0].peft.init_from",
+        "modules_to_save is ['lm_head']",
+        adapter(modules_to_save=["lm_head"]),
+    ),
+    Bad(
+        "adapter with ranks by pattern",
+        "jobs[0].peft.init_from",
+        "rank_pattern is",
+        adapter(rank_pattern={"q_proj": 2}),
+    ),
+    Bad(
+        "adapter with scales by pattern",
+        "jobs[0].peft.init_from",
+        "alpha_pattern is",
+        adapter(alpha_pattern={"q_proj": 2}),
+    ),
+    Bad(
+        "adapter that changed its base",
+        "jobs[0].peft.init_from",
+        "init_lora_weights 'pissa'",
+        adapter(init_lora_weights="pissa"),
+    ),
+    Bad(
+        "adapter of doubled layers",
+        "jobs[0].peft.init_from",
+        "layer_replication is",
+        adapter(layer_replication=[[0, 2], [1, 3]]),
+    ),
+    Bad(
+        "adapter with left out modules",
+        "jobs[0].peft.init_from",
+        "exclude_modules is",
+        adapter(exclude_modules=["lm_head"]),
+    ),
+    Bad(
+        "adapter of bare parameters",
+        "jobs[0].peft.init_from",
+        "target_parameters is",
+        adapter(target_parameters=["mlp.weight"]),
+    ),
+    Bad(
+        "adapter of other layers",
+        "jobs[0].peft.init_from",
+        "layers_to_transform is (0, 1); the job that starts from it has None",
+        adapter(layers_to_transform=[1, 0]),
+    ),
+    Bad(
+        "adapter of integers",
+        "jobs[0].peft.init_from",
+        "is I32; weights are float64, float32, float16 or bfloat16",
+        tensors(
+            "adapter/adapter_model.safetensors",
+            lambda found: found.update({key: value.astype(np.int32) for key, value in found.items()}),
+        ),
+    ),
+    Bad(
+        "adapter lacks a layer",
+        "jobs[0].peft.init_from",
+        "is missing; the adapter is on 4 layers",
+        tensors(
+            "adapter/adapter_model.safetensors",
+            lambda found: [found.pop(key) for key in list(found) if ".layers.3." in key],
+        ),
+    ),
     Bad(
         "adapter tensor of another rank",
         "jobs[0].peft.init_from",
@@ -493,6 +593,9 @@ ROWS = (
     Bad("instruction is a list", DATA, "instruction is not text", rows({"instruction": [], "output": "x"})),
     Bad("messages is text", DATA, "not a list of turns", rows({"messages": "hi"})),
     Bad("turn without role", DATA, "not a list of turns", rows({"messages": [{"content": "hi"}]})),
+    Bad("turn of tool calls alone", DATA, "knows nothing of tool_calls", rows(tool_calls(""))),
+    Bad("turn of tool calls and white space", DATA, "knows nothing of tool_calls", rows(tool_calls(" \n"))),
+    Bad("turn of tool calls and null", DATA, "knows nothing of tool_calls", rows(tool_calls(None))),
     Bad("no assistant turn", DATA, "assistant turns", rows({"messages": CHAT["messages"][:1]})),
     Bad(
         "no tokenizer",

@@ -43,6 +43,16 @@ def test_rows_truncated_until_no_label_token_was_left_are_counted(
     ]
 
 
+def test_what_the_chat_template_never_mentions_is_told_once(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    thought = {"role": "assistant", "content": "a", "reasoning_content": "hm"}
+    rows = [{"messages": [{"role": "user", "content": "q"}, thought], "tools": [{"name": "f"}]}] * 3
+    write_rows(case.rows, rows)
+    assert notes(case, capsys) == [
+        "first: rows of data/first.jsonl have reasoning_content, tools, which the chat template never mentions: "
+        "nothing is trained of it"
+    ]
+
+
 def test_a_batch_larger_than_the_data_set_is_told(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     assert notes(case, capsys, "jobs.second.train.global_batch_size=6", "jobs.second.scheduler=null") == [
         "second: a global batch of 6 takes some of the 5 rows more than once"

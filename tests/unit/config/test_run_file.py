@@ -10,6 +10,7 @@ import yaml
 from lorafusion_megatron.config import DatasetConfig, RunConfig, load_run
 from lorafusion_megatron.config.job import RESERVED
 from lorafusion_megatron.config.targets import HF_TARGETS
+from lorafusion_megatron.config.yaml_reader import parse_yaml
 from lorafusion_megatron.errors import UserError
 from lorafusion_megatron.types import Topology
 from tests.unit.fuzzing import fuzz_run_files
@@ -84,6 +85,27 @@ def test_floats_as_people_write_them(run_file: Path, written: str, meant: float)
 def test_whole_numbers_as_people_write_them(run_file: Path, written: str, meant: int) -> None:
     capacity = load_run(run_file, [f"runtime.token_capacity={written}"]).runtime.token_capacity
     assert (capacity, type(capacity)) == (meant, int)
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("a: {<<: {r: 1, seed: 2}, r: 3}", {"a": {"r": 3, "seed": 2}}),
+        ("a: &a {<<: {r: 1, s: 2}, r: 3}\nb: {<<: *a, t: 4}", {"a": {"r": 3, "s": 2}, "b": {"r": 3, "s": 2, "t": 4}}),
+        ("a: [[&a {<<: {r: 1}, r: 3}]]\nb: {<<: *a}", {"a": [[{"r": 3}]], "b": {"r": 3}}),
+        ("a: {<<: [{r: 1, seed: 1}, {r: 2, seed: 2, t: 2}]}", {"a": {"r": 1, "seed": 1, "t": 2}}),
+        ("a: &a {<<: *a, r: 1}", {"a": {"r": 1}}),
+    ],
+)
+def test_a_merge_leaves_a_sections_own_keys(text: str, meant: object) -> None:
+    """Through two merges too, and where the merged section is read later than the one that merges it."""
+    assert parse_yaml(text, source="run.yaml") == meant
+
+
+@pytest.mark.parametrize("text", ["a: {<<: 3}", "a: {<<: [{}, [x]]}"])
+def test_a_merge_of_something_else_is_an_error(text: str) -> None:
+    with pytest.raises(UserError, match=r"<< merges something else than a section .* at line 1"):
+        parse_yaml(text, source="run.yaml")
 
 
 @pytest.mark.parametrize("name", ["010", "2024-01-01", "1.2.3", "_-", "A_b-C.d", "x" * 128])

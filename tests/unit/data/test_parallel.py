@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def source(model: Path, rows: list[Any], **changes: Any) -> DataSource:
 
 def content(dataset: JobDataset) -> tuple[Any, ...]:
     rows = [(dataset.ids(row).tolist(), dataset.label_mask(row).tolist()) for row in range(len(dataset))]
-    return rows, dataset.lengths.tolist(), dataset.label_tokens.tolist(), dataset.rows_truncated
+    return rows, dataset.lengths.tolist(), dataset.label_tokens.tolist(), dataset.rows_truncated, dataset.unread
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -52,6 +53,13 @@ def content(dataset: JobDataset) -> tuple[Any, ...]:
 def test_several_processes_make_the_same_data_set(model: Path, kind: str, limits: dict[str, Any]) -> None:
     given = source(model, KINDS[kind], **limits)
     assert content(load_dataset(given, workers=3)) == content(load_dataset(given))
+
+
+def test_what_no_template_mentions_is_told_by_every_process(model: Path) -> None:
+    rows = deepcopy(CHAT[:20])
+    rows[0]["tools"] = [{"name": "f"}]
+    rows[17]["messages"][1]["reasoning_content"] = "hm"
+    assert load_dataset(source(model, rows), workers=3).unread == ("reasoning_content", "tools")
 
 
 BAD = {"messages": [{"role": "user"}]}

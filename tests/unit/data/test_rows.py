@@ -295,10 +295,21 @@ def test_a_turn_of_tool_calls_needs_no_content_where_the_template_knows_them(mod
     calls = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
     labels = tokens(load(model, chat(USER, calls), chat_template=TOOL_TEMPLATE))[1]
     assert bytes(labels).decode() == '{"name": "f"};'
-    with pytest.raises(UserError, match="knows nothing of tool_calls"):
-        load(model, chat(USER, calls))
+    for content in (None, "", "\n"):
+        with pytest.raises(UserError, match=r"rows.jsonl:2: .* knows nothing of tool_calls"):
+            load(model, chat(USER, ASSISTANT), chat(USER, calls | {"content": content}))
     with pytest.raises(UserError, match="not a list of turns"):
         load(model, chat(USER, {"role": "assistant", "content": None, "tool_calls": []}), chat_template=TOOL_TEMPLATE)
+
+
+def test_what_the_template_never_mentions_is_known_of_the_data_set(model: Path) -> None:
+    thought = ASSISTANT | {"reasoning_content": "hm"}
+    called = ASSISTANT | {"tool_calls": [{"function": {"name": "f"}}]}
+    rows = [chat(USER, ASSISTANT), chat(USER, thought), chat(USER, called, tools=TOOLS), chat(USER, thought)]
+    assert load(model, *rows).unread == ("reasoning_content", "tool_calls", "tools")
+    assert load(model, *rows, chat_template=TOOL_TEMPLATE).unread == ("reasoning_content",)
+    assert load(model, chat(USER, ASSISTANT | {"reasoning_content": None, "tool_calls": None}, tools=[])).unread == ()
+    assert load(model, {"text": "x", "tools": TOOLS}).unread == ()
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,14 @@ print(peak() - before)
 """
 
 
+def test_an_index_of_files_that_the_merged_model_lacks_is_not_copied(save_model: SaveModel, tmp_path: Path) -> None:
+    base = save_model("llama")
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    save_adapter(tmp_path / "adapter", base)
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")
+    assert {file.name for file in tmp_path.glob("merged/model*")} == {"model.safetensors"}
+
+
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     base, hidden, rows = tmp_path / "base", 1024, 30_000
     base.mkdir()
@@ -320,7 +328,7 @@ def test_another_base_model_than_the_adapters_is_said(
     write_adapter(tmp_path / "adapter", SPEC, named, random_tensors(read_model_spec(base), SPEC))
     words = ["--base", str(base), "--adapter", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")]
     assert main(["merge", *words]) == 0
-    note = f"note: the adapter names {named} as its base model, and was merged into {base}"
+    note = f"note: the adapter names {named!r} as its base model, and was merged into {base}"
     assert (note in capsys.readouterr().out) is other
 
 

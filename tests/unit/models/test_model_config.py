@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from lorafusion_megatron.errors import UserError
+from lorafusion_megatron.models.checkpoint import checkpoint_files
 from lorafusion_megatron.models.config import read_model_spec
 from lorafusion_megatron.types import ModelSpec
 from tests.unit.models.conftest import FAMILIES, SaveModel, biases
@@ -189,11 +192,28 @@ def test_missing_files(tmp_path: Path) -> None:
     index.write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))
     (base / "1.safetensors").touch()
     assert "lacks 2.safetensors (1 of 2 files)" in message()
+    index.write_text(json.dumps({"weight_map": {"a": "x" * 300}}))
+    assert "(1 of 1 files)" in message(), "a name that no file can have"
+
+
+def test_a_single_file_goes_before_an_index_as_in_transformers(save_model: SaveModel) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base = save_model("llama", max_shard_size="50KB")
+    (base / "model.safetensors.index.json").rename(base / "kept")
+    other = save_model("llama", name="other")
+    save_file({k: v + 1 for k, v in load_file(other / "model.safetensors").items()}, base / "model.safetensors")
+    (base / "kept").rename(base / "model.safetensors.index.json")
+    assert len(list(base.glob("*.safetensors"))) > 2
+    assert checkpoint_files(base) == (base / "model.safetensors",)
+    loaded = AutoModelForCausalLM.from_pretrained(base).model.norm.weight
+    assert torch.equal(loaded, load_file(base / "model.safetensors")["model.norm.weight"])
 
 
 def test_reading_needs_no_torch() -> None:
     program = (
         "import lorafusion_megatron.models.config, lorafusion_megatron.models.projections,"
+        " lorafusion_megatron.models.adapter_config, lorafusion_megatron.training.initial,"
         " lorafusion_megatron.models.checkpoint, sys; assert 'torch' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0

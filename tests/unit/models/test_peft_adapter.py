@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from lorafusion_megatron.errors import UserError
 from lorafusion_megatron.models import tensors as tensors_on_disk
-from lorafusion_megatron.models.adapter import (
+from lorafusion_megatron.models.adapter import load_initial_adapter, read_adapter, write_adapter
+from lorafusion_megatron.models.adapter_config import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    load_initial_adapter,
-    read_adapter,
-    write_adapter,
+    check_adapter_is_jobs,
+    read_adapter_config,
 )
 from lorafusion_megatron.models.config import read_model_spec
 from lorafusion_megatron.models.projections import adapter_shapes
@@ -270,11 +270,14 @@ def test_one_shared_factor_goes_out_under_each_projection_and_comes_back(
 @pytest.mark.parametrize(
     ("job", "words"),
     [
-        (replace(SPEC, rank=8), "rank 4; the job's rank is 8"),
-        (replace(SPEC, alpha=11.0), "scale 5 (lora_alpha 10, rslora True); the job's scale is 5.5"),
-        (replace(SPEC, use_rslora=False), "the job's scale is 2.5"),
-        (replace(SPEC, target_modules=("q_proj",)), "the job trains q_proj"),
-        (replace(SPEC, layers_to_transform=(0, 2)), "layers_to_transform null (all); the job trains (0, 2)"),
+        (replace(SPEC, rank=8), "r is 4; the job that starts from it has 8"),
+        (replace(SPEC, alpha=11.0), "lora_alpha is 10.0; the job that starts from it has 11.0"),
+        (replace(SPEC, use_rslora=False), "use_rslora is True; the job that starts from it has False"),
+        (replace(SPEC, target_modules=("q_proj",)), "the job that starts from it has ['q_proj']"),
+        (
+            replace(SPEC, layers_to_transform=(0, 2)),
+            "layers_to_transform is None; the job that starts from it has (0, 2)",
+        ),
     ],
 )
 def test_an_initial_adapter_must_be_the_jobs(
@@ -286,6 +289,40 @@ def test_an_initial_adapter_must_be_the_jobs(
         load_initial_adapter(tmp_path / "job", model, job, key="jobs[0].peft.init_from")
     assert words in str(caught.value)
     assert str(caught.value).startswith("jobs[0].peft.init_from: ")
+
+
+@pytest.mark.parametrize(
+    ("stored", "job"),
+    [
+        (2, (2,)),
+        ([2], (2,)),
+        ([2, 0], (0, 2)),
+        ([0, 2], (2, 0)),
+        (None, (2, 1, 0)),
+        ([], (0, 1, 2)),
+        ([2, 1, 0], None),
+        ([0, 2, 2], (0, 2)),
+    ],
+    ids=str,
+)
+def test_layers_are_the_same_however_they_are_written(
+    llama: tuple[Path, ModelSpec], tmp_path: Path, stored: object, job: tuple[int, ...] | None
+) -> None:
+    base, model = llama
+    spec = replace(SPEC, layers_to_transform=job)
+    tensors = random_tensors(model, spec)
+    write_adapter(tmp_path / "job", spec, base, tensors)
+    edit_config(layers_to_transform=stored)(tmp_path / "job")
+    config = read_adapter_config(tmp_path / "job", key="k")
+    check_adapter_is_jobs(tmp_path / "job", config, spec, model, key="k")
+    assert load_initial_adapter(tmp_path / "job", model, spec).keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_factors_may_be_of_every_common_type(llama: tuple[Path, ModelSpec], tmp_path: Path, dtype: torch.dtype) -> None:
+    base, model = llama
+    write_adapter(tmp_path / "job", SPEC, base, {k: v.to(dtype) for k, v in random_tensors(model, SPEC).items()})
+    assert {tensor.dtype for tensor in read_adapter(tmp_path / "job", model)[1].values()} == {dtype}
 
 
 def edit_config(**values: Any) -> Callable[[Path], None]:
@@ -314,7 +351,7 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda f: (f / CONFIG_FILE).unlink(), "adapter_config.json does not exist"),
         (lambda f: (f / CONFIG_FILE).write_text("{"), "adapter_config.json can't be read"),
         (lambda f: (f / WEIGHTS_FILE).unlink(), "adapter_model.safetensors: it does not exist"),
-        (lambda f: (f / WEIGHTS_FILE).write_bytes(b"x" * 99), "adapter_model.safetensors: it can't be read"),
+        (lambda f: (f / WEIGHTS_FILE).write_bytes(b"x" * 99), "adapter_model.safetensors can't be read"),
         (edit_config(peft_type="IA3"), "peft_type 'IA3'; LORA is"),
         (edit_config(use_dora=True), "use_dora is True; use_dora is not supported"),
         (edit_config(bias="all"), "bias is 'all'"),
@@ -331,6 +368,9 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (edit_config(r=0), "r is 0"),
         (edit_config(r=8), "is not of rank 8"),
         (edit_config(lora_alpha="16"), "lora_alpha is '16'"),
+        (edit_config(lora_alpha=1e308), "lora_alpha is 1e+308; it must be a positive number of at most 2^64"),
+        (edit_config(lora_alpha=10**400), "lora_alpha is 1000"),
+        (edit_config(alpha_pattern={f"layers.{n}.q_proj": 2 for n in range(500)}), "...}; alpha_pattern is not"),
         (edit_config(lora_dropout=1.0), "lora_dropout is 1.0"),
         (edit_config(target_modules="all-linear"), "target_modules is 'all-linear'"),
         (edit_config(target_modules=["q_proj"]), "it holds tensors of"),
@@ -343,7 +383,14 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         ),
         (edit_weights(lambda t: t.update({Q0: torch.ones(4, 47)})), "has shape [4, 47]; the base model makes it"),
         (edit_weights(lambda t: t[Q0].fill_(float("inf"))), "holds values that are not finite"),
-        (edit_weights(lambda t: t.update({Q0: torch.ones(4, 48, dtype=torch.int32)})), "is torch.int32"),
+        (
+            edit_weights(lambda t: t.update({Q0: torch.ones(4, 48, dtype=torch.int32)})),
+            "is I32; weights are float64, float32, float16 or bfloat16",
+        ),
+        (
+            edit_weights(lambda t: t.update({Q0: torch.ones(4, 48).to(torch.float8_e4m3fn)})),
+            f"{Q0} is F8_E4M3; weights",
+        ),
         (edit_weights(lambda t: t.update({f"{Q0}.extra": torch.ones(1)})), "is not a key of a LoRA linear"),
     ],
 )

@@ -80,6 +80,13 @@ def test_the_line_says_predicted_and_measured():
     assert "measured" not in text.splitlines()[1]
 
 
+def test_the_parts_of_the_line_add_up():
+    for line in describe(predict_memory(shape("llama-3.1-8b", 16), [ADAPTER], OPTIONS)).splitlines():
+        total, parts = line.split(" GiB predicted (")
+        sizes = [float(part.split()[-1]) for part in parts.rstrip(")").split(", ")]
+        assert float(total.split()[-1]) == pytest.approx(sum(sizes), abs=0.005 * (len(sizes) + 1))
+
+
 def test_an_activation_that_is_made_again_is_not_kept():
     kept = predict_memory(TINY, [], OPTIONS)[0].activations
     made_again = predict_memory(TINY, [], replace(OPTIONS, fused_mlp=True))[0].activations

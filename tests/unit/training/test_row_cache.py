@@ -17,7 +17,13 @@ from lorafusion_megatron.training.row_cache import RowCache
 from lorafusion_megatron.training.setup import prepare
 from tests.unit.tiny_inputs import CHATML, VOCABULARY, id_rows, make_case, write_model, write_rows, write_tokenizer
 
-CHAT = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": f"{n}!"}]} for n in range(4)]
+CHAT = [
+    {
+        "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": f"{n}!"}],
+        "tools": [{"name": "f"}],
+    }
+    for n in range(4)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +60,7 @@ def same(one, other) -> bool:
         and one.lengths.tolist() == other.lengths.tolist()
         and one.label_tokens.tolist() == other.label_tokens.tolist()
         and (one.path, one.rows_truncated, one.total_tokens) == (other.path, other.rows_truncated, other.total_tokens)
+        and one.unread == other.unread
     )
 
 
@@ -62,6 +69,7 @@ def test_rows_from_disk_are_the_rows_that_were_read(tmp_path, rows, limit, reads
     source = make(tmp_path, rows, max_length=limit, truncate=True)
     before = load_dataset(source)
     assert before.rows_truncated > 0
+    assert before.unread == (("tools",) if rows is CHAT else ())
     assert same(RowCache(tmp_path / "kept").load(source), before)
     assert same(RowCache(tmp_path / "kept").load(source), before), "another start"
     assert same(RowCache(tmp_path / "kept", write=False).load(source), before), "plan and validate"
