@@ -68,8 +68,8 @@ def train_run(run: RunConfig) -> int:
         groups.broadcast(None)
         _note_memory(prepared, groups, progress)
         failed = False
-        _note_end(trainer, stop, progress, done=done)
-        if trainer.unsaved or (trainer.unsaved_state and not done):
+        who = f"by {stop.signal.name}" if stop.signal is not None else "on another rank's signal"
+        if note_end(trainer, who, progress, done=done):
             return EXIT_UNSAVED
     except (RuntimeError, ConnectionError) as error:
         reason = lost_rank(error)
@@ -87,10 +87,19 @@ def train_run(run: RunConfig) -> int:
     return 0 if done else EXIT_STOPPED
 
 
-def _note_end(trainer: "Trainer", stop: StopRequest, progress: Progress, *, done: bool) -> None:
-    """Say how to go on where something is left to do."""
+def note_end(trainer: "Trainer", who: str, progress: Progress, *, done: bool) -> bool:
+    """Say how to go on where something is left to do.
+
+    Args:
+        trainer: which has ended.
+        who: what stopped it, where it was stopped.
+        progress: where it is said.
+        done: whether every job ended.
+
+    Returns:
+        Whether a last adapter, or the state at a stop, could not be written: the run ends with `EXIT_UNSAVED` then.
+    """
     if not done:
-        who = f"by {stop.signal.name}" if stop.signal is not None else "on another rank's signal"
         if trainer.unsaved_state:
             kept = trainer.writer.last_state or "no checkpoint"
             progress.note(
@@ -104,6 +113,7 @@ def _note_end(trainer: "Trainer", stop: StopRequest, progress: Progress, *, done
             f"the last adapters of {', '.join(trainer.unsaved)} could not be saved, for the reason told above: mend "
             "that and start the same command again"
         )
+    return bool(trainer.unsaved) or (trainer.unsaved_state and not done)
 
 
 def _join(prepared: Prepared) -> "Groups | None":

@@ -2,8 +2,9 @@
 
 import os
 import runpy
+import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,13 @@ def start(
     world: int = 1,
     overrides: tuple[str, ...] = (),
     environment: Mapping[str, str] | None = None,
+    run: Callable[[str, list[str]], int] | None = None,
 ) -> Ranks:
-    """``torchrun --nproc-per-node WORLD SCRIPT MODEL OPTIONS --lorafusion-config RUN_FILE WORDS``."""
+    """``torchrun --nproc-per-node WORLD SCRIPT MODEL OPTIONS --lorafusion-config RUN_FILE WORDS``; see `run_script`."""
     ours = ["--lorafusion-config", str(run_file), "--lorafusion-set", f"checkpoint.save={out}", *overrides]
     line = [*model_words(run_file), "--log-interval", "1", *ours, *words]
     folder = out.with_name(f"{out.name}.logs")
-    return Ranks(run_script, (str(script), line), world=world, folder=folder, environment=environment)
+    return Ranks(run or run_script, (str(script), line), world=world, folder=folder, environment=environment)
 
 
 def pretrain(*arguments: Any, **named: Any) -> Finished:
@@ -58,6 +60,55 @@ def run_script(script: str, words: list[str]) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
+
+
+def run_clamped(script: str, words: list[str]) -> int:
+    """`run_script` where the script's model provider builds a configuration of its own."""
+    from megatron.training import arguments
+
+    original = arguments.core_transformer_config_from_args
+
+    def clamped(*arguments: Any, **named: Any) -> Any:
+        config = original(*arguments, **named)
+        config.activation_func_clamp_value = 0.1
+        return config
+
+    arguments.core_transformer_config_from_args = clamped
+    return run_script(script, words)
+
+
+def run_on_a_full_disk(script: str, words: list[str]) -> int:
+    """`run_script` where the adapter of the job "second" can't be written."""
+    from lorafusion_megatron.training import checkpoints
+
+    write = checkpoints.write_adapter
+
+    def full(folder: Path, *rest: Any) -> None:
+        if folder.name == "second":
+            raise OSError(28, "No space left on device")
+        write(folder, *rest)
+
+    checkpoints.write_adapter = full
+    return run_script(script, words)
+
+
+def run_and_stop_while_it_settles(script: str, words: list[str]) -> int:
+    """`run_script`, with a signal between the model's construction and Megatron's loop."""
+    from lorafusion_megatron.training.trainer import Trainer
+
+    settle = Trainer.settle
+
+    def stopped(trainer: Trainer) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        settle(trainer)
+
+    Trainer.settle = stopped
+    return run_script(script, words)
+
+
+def run_loading(script: str, words: list[str]) -> int:
+    """`run_script`, with a ``--load`` of each rank's own in place of the word LOAD."""
+    return run_script(script, [word.replace("LOAD", f"load{os.environ['RANK']}") for word in words])
 
 
 def state_of_megatron() -> dict[tuple[str, str], int]:

@@ -15,6 +15,7 @@ from ...mcore.parallel import Groups
 from ...scheduler.cost import split_loads
 from ...training.rack import load_and_inject
 from ...training.setup import Prepared
+from .model_config import check_model_config
 
 
 def take_over(
@@ -31,10 +32,11 @@ def take_over(
         The run with the layers of the script's own layout, and the linears that adapters may target.
 
     Raises:
-        UserError: a chunk is no GPTModel, or the checkpoint doesn't fit.
+        UserError: a chunk is no GPTModel, computes something else than the base model, or the checkpoint doesn't fit.
     """
     models = [_gpt_model(chunk) for chunk in chunks]
     for model in models:
+        check_model_config(model, prepared.spec)
         prepare_base(model, prepared.spec)
         configure(get_model_config(model))
     return with_layers_of(prepared, models, groups), load_and_inject(models, prepared, groups)

@@ -30,8 +30,9 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         "--lorafusion-set",
         metavar="KEY=VALUE",
         nargs="*",
+        action="extend",
         default=[],
-        help="Override keys of the run file.",
+        help="Override keys of the run file; may be given more than once.",
     )
     return parser
 

@@ -8,6 +8,8 @@ from ...config.run import RunConfig
 from ...errors import UserError
 from ...types import ModelSpec
 
+FUSED_LOSS = "Megatron's fused cross-entropy rounds its gradient to bfloat16, whatever the type"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
@@ -71,6 +73,13 @@ def check_model_options(args: Namespace, spec: ModelSpec, run: RunConfig) -> Non
         if given != wanted.value:
             write = " ".join(wanted.words) if wanted.words else f"leave {wanted.option} out"
             raise _disagrees(wanted.option, f"{wanted.attribute} is {given}", spec, run, write)
+    if args.cross_entropy_loss_fusion and not args.bf16:
+        raise UserError(
+            "got True in an fp32 run",
+            rule=FUSED_LOSS,
+            remedy="remove the option, or use --bf16 and base_model.dtype: bfloat16",
+            key="--cross-entropy-loss-fusion",
+        )
     if not args.untie_embeddings_and_output_weights and not spec.tied:
         option = "--untie-embeddings-and-output-weights"
         raise _disagrees(option, "the output layer is tied to the embedding", spec, run, option)

@@ -27,6 +27,7 @@ BLOCKS = "adapters are taken over in plain attention and MLP blocks"
 STATE = "--save holds the jobs' state, written at once by every rank together"
 WHOLE = "a checkpoint of jobs is saved and loaded whole"
 STEP = "it looks into Megatron's own training step, which a window replaces"
+PLAIN = "no supported base model computes this, and the adapters would be trained on another model"
 STREAM = "microbatches come from the plan, which Megatron's schedules run in their plain order"
 
 REFUSALS = (
@@ -148,6 +149,56 @@ REFUSALS = (
     Refusal(option="--no-load-optim", attribute="no_load_optim", rule=WHOLE),
     Refusal(option="--no-save-optim", attribute="no_save_optim", rule=WHOLE),
     Refusal(option="--qk-clip", attribute="qk_clip", rule=FROZEN),
+    Refusal(
+        option="--activation-func-clamp-value",
+        attribute="activation_func_clamp_value",
+        allowed=lambda value: value is None,
+        rule=PLAIN,
+    ),
+    Refusal(option="--glu-linear-offset", attribute="glu_linear_offset", rule=PLAIN),
+    Refusal(
+        option="--rotary-seq-len-interpolation-factor",
+        attribute="rotary_seq_len_interpolation_factor",
+        allowed=_one,
+        rule=PLAIN,
+    ),
+    Refusal(
+        option="--no-rope-freq",
+        attribute="no_rope_freq",
+        allowed=lambda value: not any(value) if isinstance(value, list) else not value,
+        rule=PLAIN,
+    ),
+    Refusal(option="--use-mup", attribute="use_mup", rule=PLAIN),
+    Refusal(option="--attention-output-gate", attribute="attention_output_gate", rule=PLAIN),
+    Refusal(option="--apply-layernorm-1p", attribute="layernorm_zero_centered_gamma", rule=PLAIN),
+    Refusal(
+        option="--softmax-type", attribute="softmax_type", allowed=lambda value: value in (None, "vanilla"), rule=PLAIN
+    ),
+    Refusal(option="--window-size", attribute="window_size", rule=PLAIN),
+    Refusal(option="--qk-l2-norm", attribute="qk_l2_norm", rule=PLAIN),
+    Refusal(
+        option="--apply-residual-connection-post-layernorm",
+        attribute="apply_residual_connection_post_layernorm",
+        rule=PLAIN,
+    ),
+    Refusal(
+        option="--fp32-residual-connection",
+        attribute="fp32_residual_connection",
+        rule="adapters take their input in the type of the base model's weights",
+    ),
+    Refusal(
+        option="--te-precision-config-file",
+        attribute="te_precision_config_file",
+        rule="the adapters' products have no quantized form",
+        remedy="use --bf16",
+    ),
+    Refusal(
+        option="--mlp-chunks-for-training",
+        attribute="mlp_chunks_for_training",
+        allowed=_one,
+        rule="an MLP is given the rows that its adapters are routed by, whole",
+        remedy="remove the option; --recompute-granularity full saves more memory",
+    ),
     Refusal(option="--save-activations-interval", attribute="save_activations_interval", rule=STEP),
     Refusal(option="--save-dgrads-interval", attribute="save_dgrads_interval", rule=STEP),
     Refusal(option="--save-params-interval", attribute="save_params_interval", rule=STEP),

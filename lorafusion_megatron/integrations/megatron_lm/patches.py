@@ -67,7 +67,7 @@ def training_loop(session: Any) -> list[Patch]:
     """
     from megatron.core import num_microbatches_calculator as microbatches
     from megatron.core.optimizer.optimizer import ChainedOptimizer
-    from megatron.training import initialize, training
+    from megatron.training import initialize, one_logger_utils, training
     from megatron.training.models import dist_utils
 
     replaced = {
@@ -86,5 +86,7 @@ def training_loop(session: Any) -> list[Patch]:
         (training, "checkpoint_and_decide_exit"): session.deciding_exit(training.checkpoint_and_decide_exit),
         (training, "save_checkpoint"): session.save_checkpoint,
         (training, "load_checkpoint"): session.load_checkpoint,
+        # The last call of both ways out, the end of `pretrain` and an exit from the loop.
+        (one_logger_utils, "finish"): session.leaving(one_logger_utils.finish),
     }
     return [Patch(owner=owner, attribute=name, value=value) for (owner, name), value in replaced.items()]

@@ -23,6 +23,7 @@ SYMBOLS = {
         "wrap_model_chunks_with_ddp",
     ),
     "megatron.training.initialize": ("_compile_dependencies",),
+    "megatron.training.one_logger_utils": ("finish",),
     "megatron.training.models.dist_utils": ("_ddp_wrap",),
     "megatron.training.checkpointing": ("get_checkpoint_name", "get_checkpoint_tracker_filename"),
     "megatron.core.models.backends": ("LocalSpecProvider",),

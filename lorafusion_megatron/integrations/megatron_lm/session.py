@@ -12,10 +12,11 @@ from megatron.core.num_microbatches_calculator import NumMicroBatchesCalculator
 from ...mcore import cpu_compat, parallel
 from ...training.progress import make_progress
 from ...training.rack import InjectedModel
+from ...training.run import EXIT_UNSAVED, note_end
 from ...training.setup import Prepared
 from ...training.trainer import Trainer
 from .base import take_over
-from .checkpoint import Counts, find_checkpoint, read_counts, write_checkpoint
+from .checkpoint import Counts, Found, agree, find_checkpoint, write_checkpoint
 from .entry import one_line_errors
 from .options import without_effect
 from .patches import Patches, local_layers, training_loop
@@ -77,8 +78,12 @@ class Session:
         self.trainer: Trainer | None = None
         self._progress: WatchedProgress | None = None
         self._patches = Patches()
-        self._checkpoint: Path | None = None
+        self._checkpoint: Found | None = None
         self._finished = False
+        self._unsaved = False
+        """Whether the run ended without a last adapter, or without the state at a stop."""
+        self._save_failed = False
+        """Whether the newest checkpoint under ``--save`` could not be written."""
 
     def open(self) -> None:
         """Put everything in place."""
@@ -110,6 +115,7 @@ class Session:
             device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
             groups = parallel.join(device=device, timeout_minutes=self.args.distributed_timeout_minutes)
             with one_line_errors():
+                agree(self._checkpoint, groups)
                 self.prepared, targets = take_over(chunks, self.prepared, groups)
                 wrapped = original(chunks, *rest, **named)
                 self._begin(InjectedModel(chunks=wrapped, targets=targets), groups)
@@ -136,7 +142,7 @@ class Session:
             self._progress,
             MegatronStop(self.args),
             model=model,
-            resume_from=self._checkpoint,
+            resume_from=self._checkpoint.folder if self._checkpoint else None,
         )
 
     def data_iterators(self, provider: Any) -> tuple[None, None, None]:
@@ -145,8 +151,12 @@ class Session:
         trainer = self._running()
         if not trainer.next_window.windows_left():
             trainer.settle()  # a last validation that a stop kept from being made, jobs that want to join
+        if trainer.stopped:
+            self.args.train_iters = self.args.iteration  # nothing is left to Megatron's loop, which would leave
+            self._finish(complete=False)
+            return None, None, None
         self._set_iterations(self.args.iteration)
-        if not trainer.stopped and not trainer.next_window.windows_left():
+        if not trainer.next_window.windows_left():
             trainer.progress.note("every job has ended already")
             self._finish(complete=True)
         return None, None, None
@@ -219,8 +229,8 @@ class Session:
         *_: Any,
         **__: Any,
     ) -> None:
-        """The jobs' state under ``--save``; every rank calls it."""
-        trainer = self._running()
+        """The jobs' state under ``--save``; every rank calls it, and knows whether it is there."""
+        trainer, saved = self._running(), True
         state = trainer.writer.last_state if self._finished else trainer.checkpoint()
         counts = Counts(
             iteration=iteration,
@@ -229,23 +239,42 @@ class Session:
         )
         if trainer.writer.state_failed:
             trainer.progress.note(f"iteration {iteration} is not saved, since the jobs' state could not be written")
+            saved = False
         elif trainer.groups.is_first and state is not None:
-            write_checkpoint(self.args.save, Path(state), counts, trainer.progress.note)
+            saved = write_checkpoint(self.args.save, Path(state), counts, trainer.progress.note)
+        self._save_failed = not trainer.groups.broadcast(saved)
 
     def load_checkpoint(self, *_: Any, **__: Any) -> tuple[int, float]:
         """(iteration, floating-point operations) of the checkpoint that the trainer began from, or zeros."""
         if self._checkpoint is None:
-            self._running().progress.note(f"no checkpoint under {self.args.load}: the jobs begin afresh")
+            resumed = self._running().writer.last_state
+            go_on = f"go on from {resumed}, and iterations count from 0" if resumed else "begin afresh"
+            self._running().progress.note(f"no checkpoint under {self.args.load}: the jobs {go_on}")
             return 0, 0
-        counts = read_counts(self._checkpoint)
+        counts = self._checkpoint.counts
         self.args.consumed_train_samples = counts.consumed_train_samples
         return counts.iteration, counts.num_floating_point_operations_so_far
 
+    def leaving(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Megatron's last call, after its last save: where something could not be saved the exit status says so."""
+
+        def leave(*rest: Any, **named: Any) -> Any:
+            result = original(*rest, **named)
+            if self._unsaved or self._save_failed:
+                sys.exit(EXIT_UNSAVED)
+            return result
+
+        return leave
+
     def _finish(self, *, complete: bool) -> None:
-        if not self._finished:
-            self._running().finish(complete=complete)
-            self._running().progress.close()
-            self._finished = True
+        if self._finished:
+            return
+        trainer = self._running()
+        trainer.finish(complete=complete)
+        who = "by a signal" if trainer.stopped else "by an exit option of Megatron's"
+        self._unsaved = note_end(trainer, who, trainer.progress, done=complete)
+        trainer.progress.close()
+        self._finished = True
 
     def _set_iterations(self, done: int) -> None:
         """Megatron's number of iterations: those done and the windows that are left as far as is known now."""

@@ -52,6 +52,14 @@ GIVEN = {
     "--save-dgrads-interval": "5",
     "--save-params-interval": "5",
     "--save-wgrads-interval": "5",
+    "--activation-func-clamp-value": "0",
+    "--glu-linear-offset": "1.0",
+    "--rotary-seq-len-interpolation-factor": "4",
+    "--no-rope-freq": "2",
+    "--softmax-type": "off-by-one",
+    "--window-size": "2,0",
+    "--te-precision-config-file": "recipe.yaml",
+    "--mlp-chunks-for-training": "2",
 }
 """Option -> a value that is refused; the other refused options are switches."""
 
@@ -97,6 +105,27 @@ def test_a_refused_option_is_one_of_megatrons_and_is_named(parser, refusal):
 
 def test_megatrons_defaults_are_not_refused(parser):
     check_options(parse(parser))
+
+
+def test_options_that_say_what_is_so_anyway_are_not_refused(parser):
+    words = "--rotary-seq-len-interpolation-factor 1 --mlp-chunks-for-training 1 --softmax-type vanilla"
+    check_options(parse(parser, f"{words} --glu-linear-offset 0 --no-rope-freq [0,0,0,0]"))
+
+
+def test_megatrons_fused_loss_is_refused_in_fp32_alone(parser, run_file):
+    run, spec = loaded(run_file)
+    args = parse(parser, f"{shlex.join(command_line(spec, run))} --cross-entropy-loss-fusion")
+    with pytest.raises(UserError, match=r"^--cross-entropy-loss-fusion: got True in an fp32 run; .*bfloat16"):
+        check_model_options(args, spec, run)
+    run, spec = loaded(run_file, "base_model.dtype=bfloat16")
+    args = parse(parser, f"{shlex.join(command_line(spec, run))} --cross-entropy-loss-fusion")
+    check_model_options(args, spec, run)
+
+
+def test_overrides_may_be_given_in_several_places(parser):
+    args = parse(parser, "--lorafusion-set a=1 b=2 --bf16 --lorafusion-set c=3 --lorafusion-set")
+    assert args.lorafusion_set == ["a=1", "b=2", "c=3"]
+    assert parse(parser).lorafusion_set == []
 
 
 def test_options_without_effect_are_megatrons_and_told_where_they_were_given(parser):
