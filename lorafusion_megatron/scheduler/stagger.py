@@ -24,6 +24,9 @@ ENOUGH = 0.015
 SLACK = 1.03
 """Time of the microbatches over that of their samples alone; above it padding, short microbatches or replicas that wait
 for one another cost enough to try others."""
+LARGE_BATCH = 1024
+"""Samples of a global batch, per replica, from which a flow's borders cost nothing and packing it by itself takes long:
+the time of best fit decreasing grows with the square."""
 TRIAL_SAMPLES = 1024
 """Candidates are compared on the first steps of the window, up to about this many samples a replica."""
 
@@ -87,11 +90,13 @@ def _best_candidate(
 def _no_slower_than_others(
     rows: list[Row], batches: Sequence[Sequence[GlobalBatch]], options: PlanOptions, weights: Weights
 ) -> list[Row]:
-    """These rows, or simpler ones where they take less time.
+    """These rows, or simpler ones where they take less time; global batches of thousands are left as they are.
 
     A flow wastes some where the samples of a position are too few to be spread evenly over many replicas, and where a
     sample's padding is longer than itself, which its target does not know.
     """
+    if max(len(batch.samples) for job in batches for batch in job) > LARGE_BATCH * options.replicas:
+        return rows
     wasteful = _slack(rows, options, weights) > SLACK
 
     def seconds_of(rows: list[Row]) -> float:

@@ -260,6 +260,8 @@ def test_a_last_validation_and_a_request_that_wait_at_the_start_are_dealt_with(c
     finished = pretrain(SCRIPT, case.run_file, out, overrides=validated).check()
     assert "every job has ended already" not in finished.outputs[0]
     (best,) = json.loads((out / "job0" / "evals.json").read_text())
-    assert best == json.loads((tmp_path / "whole" / "job0" / "evals.json").read_text())[0]
+    wanted = json.loads((tmp_path / "whole" / "job0" / "evals.json").read_text())[0]
+    # Of another program: where its tensors lie in memory may change the last bit of a sum.
+    assert best == {"step": wanted["step"], "loss": pytest.approx(wanted["loss"], rel=1e-6)}
     assert tiny.same_bits(tiny.adapter(out / "job0", "best"), tiny.adapter(tmp_path / "whole" / "job0", "best"))
     assert len(tiny.losses(out, "late")) == 3

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename
 
@@ -118,7 +119,7 @@ def read_counts(file: Path) -> Counts:
         if not isinstance(value, dict):
             raise ValueError("it is no JSON object")
         for field in fields(Counts):
-            number = value.get(field.name)
+            number: Any = value.get(field.name)
             # bool is an int to Python; the parser takes NaN and Infinity.
             if type(number) not in (int, field.type) or not math.isfinite(number) or number < 0:
                 raise ValueError(f"{field.name} is {number!r}")

@@ -2,6 +2,7 @@
 
 import math
 import random
+import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -209,3 +210,14 @@ def test_samples_much_shorter_than_their_padding_share_microbatches() -> None:
     jobs = batches([[[1] * 33] * 4, [[2, 1, 1]] * 6], jobs=range(2))
     options = PlanOptions(token_capacity=64, padding_multiple=64)
     assert build_schedule(jobs, options).num_microbatches == 4 + 6
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_window_of_one_very_large_batch_is_planned_at_once(replicas: int) -> None:
+    """As a validation's: all rows of a data set are one global batch."""
+    rng = random.Random(0)
+    jobs = batches([[[rng.randint(2, 50) for _ in range(20_000)]], [[9, 8]]])
+    started = time.process_time()
+    build_schedule(jobs, PlanOptions(token_capacity=128, stages=2, replicas=replicas))
+    assert time.process_time() - started < 10.0
