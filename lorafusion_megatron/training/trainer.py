@@ -179,7 +179,7 @@ class Trainer:
         self.checkpoint()
         self.unsaved_state = self.groups.broadcast(self.writer.state_failed)
         self.saver.finish()
-        self._close(not complete)
+        self._close(not complete or bool(self.unsaved))
 
     # ------------------------------------------------------------------ windows
 

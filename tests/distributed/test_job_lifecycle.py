@@ -416,7 +416,9 @@ def test_a_last_adapter_that_can_not_be_written_is_not_lost_but_written_by_the_n
     assert finished.statuses == (73,)
     assert "the last adapters of a, b could not be saved" in finished.outputs[0]
     assert not (out / "a" / "adapter_model.safetensors").exists()
+    assert json.loads((out / "status.json").read_text())["state"] == "stopped", "it is to be started again"
     launch.train(run_file)
+    assert json.loads((out / "status.json").read_text())["state"] == "done"
     for name in ("a", "b"):
         assert tiny.same_bits(tiny.adapter(out, name), tiny.adapter(wanted, name))
 

@@ -4,13 +4,11 @@ import gc
 import weakref
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lorafusion_megatron.config.job import DatasetConfig, JobConfig, TrainConfig
-from lorafusion_megatron.lora.layout import FactorPlace
 from lorafusion_megatron.mcore.gather import FactorGatherer
 from lorafusion_megatron.mcore.steps import StepCounters, StepSnapshot
 from lorafusion_megatron.scheduler.options import REFERENCE_MODEL
@@ -19,27 +17,9 @@ from lorafusion_megatron.training.checkpoints import CheckpointWriter
 from lorafusion_megatron.training.jobs import Job
 from lorafusion_megatron.training.saver import PlanPosition, SaveItem, StateItem
 from lorafusion_megatron.types import AdapterSpec
+from tests.unit.training.one_factor import GROUPS, OneFactor
 
-GROUPS = SimpleNamespace(dp_rank=0, saves=None, device=torch.device("cpu"), gather=lambda value, group: [value])
 WHERE = PlanPosition(window=0, schedule=None, shape={}, statuses={0: ("running", "")})
-
-
-class _Shard:
-    numel = 6
-    places = (
-        FactorPlace(
-            layer=0,
-            projection="q_proj",
-            factor="A",
-            full_shape=(2, 3),
-            at=0,
-            shape=(2, 3),
-            column=0,
-            full_column=0,
-            width=3,
-            runs=((0, 0, 2),),
-        ),
-    )
 
 
 @pytest.fixture
@@ -73,7 +53,9 @@ def writer(tmp_path, notes, job) -> CheckpointWriter:
 def item() -> StateItem:
     counters = StepCounters(applied=3, optimizer_steps=3, bad_steps=0, stopped=False)
     snapshot = StepSnapshot(master=torch.ones(6), exp_avg=torch.ones(6), exp_avg_sq=torch.ones(6), counters=counters)
-    return StateItem(SaveItem(wants={0: 3}, cut=0, where=WHERE, got={0: (_Shard(), snapshot)}), FactorGatherer(GROUPS))
+    return StateItem(
+        SaveItem(wants={0: 3}, cut=0, where=WHERE, got={0: (OneFactor(), snapshot)}), FactorGatherer(GROUPS)
+    )
 
 
 def refuse_removal(monkeypatch) -> None:

@@ -9,38 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lorafusion_megatron.lora.layout import FactorPlace
 from lorafusion_megatron.mcore.steps import AdapterSteps, StepRule
 from lorafusion_megatron.training import saver as saver_module
 from lorafusion_megatron.training.saver import PlanPosition, SaveItem, Saver
 from lorafusion_megatron.training.state import PARTS
+from tests.unit.training.one_factor import GROUPS, OneFactor
 
-GROUPS = SimpleNamespace(dp_rank=0, saves=None, device=torch.device("cpu"), gather=lambda value, group: [value])
 WHERE = PlanPosition(window=0, schedule=None, shape={}, statuses={})
 RULE = StepRule(lr_at=lambda step: 1e-2, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0, clip_grad=0.0, max_bad_steps=3)
-
-
-class _Shard:
-    """An adapter of one factor."""
-
-    def __init__(self) -> None:
-        self.master, self.grad = torch.arange(6.0), torch.ones(7)
-
-    numel = 6
-    places = (
-        FactorPlace(
-            layer=0,
-            projection="q_proj",
-            factor="A",
-            full_shape=(2, 3),
-            at=0,
-            shape=(2, 3),
-            column=0,
-            full_column=0,
-            width=3,
-            runs=((0, 0, 2),),
-        ),
-    )
 
 
 class _Written:
@@ -49,7 +25,7 @@ class _Written:
     def __init__(self) -> None:
         self.adapters, self.states = [], []
         self.saver = Saver(GROUPS, write_adapter=self._adapter, write_state=self._state)
-        self.steps = AdapterSteps(0, _Shard(), RULE, SimpleNamespace(tp_size=1))
+        self.steps = AdapterSteps(0, OneFactor(), RULE, SimpleNamespace(tp_size=1))
         self.steps.optimizer.step()
 
     def _adapter(self, job, step, factors, best):
