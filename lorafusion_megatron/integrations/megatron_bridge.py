@@ -26,6 +26,7 @@ from ..training.signals import StopRequest
 from ..training.trainer import Trainer
 from ..types import ModelSpec, Topology
 from .megatron_lm.base import configure, with_layers_of
+from .megatron_lm.model_config import check_model_config
 
 
 def train_models(models: Sequence[torch.nn.Module], run: RunConfig) -> bool:
@@ -152,15 +153,7 @@ def _check_model(model: Any, config: Any, spec: ModelSpec) -> None:
             "Megatron's local DotProductAttention takes no packed samples",
             "the attention must be Transformer Engine's or mcore.attention.PackedAttention",
         )
-    for name, wanted in (
-        ("hidden_size", spec.hidden_size),
-        ("ffn_hidden_size", spec.ffn_hidden_size),
-        ("num_attention_heads", spec.num_attention_heads),
-        ("num_query_groups", spec.num_query_groups),
-        ("kv_channels", spec.head_dim),
-    ):
-        if getattr(config, name) != wanted:
-            raise _unfit(f"the model's {name} is {getattr(config, name)}", f"base_model.path has {wanted}")
+    check_model_config(model, spec)
 
 
 def _check_sequence_parallel(config: Any, topology: Topology) -> None:

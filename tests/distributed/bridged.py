@@ -32,7 +32,7 @@ def train_built_models(kind: str, words: list[str]) -> int:
     groups = parallel.start(
         run.topology(layout["pipeline_model_parallel_size"]), device="cpu", seed=1, timeout_minutes=1.0
     )
-    model = {"hybrid": _hybrid, "gpt": _gpt, "stock attention": _stock}[kind](spec, layout)
+    model = {"hybrid": _hybrid, "gpt": _gpt, "stock attention": _stock, "clamped": _clamped}[kind](spec, layout)
     _load(model, str(run.base_model.path), spec, hybrid=kind == "hybrid")
     try:
         return 0 if megatron_bridge.train_models([_Wrapper(model)], run) else 75
@@ -92,6 +92,12 @@ def _gpt(spec: ModelSpec, layout: dict[str, int]) -> GPTModel:
     config = _config(spec, layout, spec.num_layers)
     layers = local_block_spec(config, spec.num_layers // layout["pipeline_model_parallel_size"])
     return _gpt_model(spec, config, layers)
+
+
+def _clamped(spec: ModelSpec, layout: dict[str, int]) -> GPTModel:
+    model = _gpt(spec, layout)
+    model.config.activation_func_clamp_value = 7.0
+    return model
 
 
 def _stock(spec: ModelSpec, layout: dict[str, int]) -> GPTModel:

@@ -33,6 +33,13 @@ def test_adapters_are_taken_over_by_type_wherever_the_linears_stand(run_file, tm
         assert measured(tiny.update_error(got, want, start)) <= TOLERANCE
 
 
+def test_a_model_that_computes_something_else_than_the_base_is_refused_by_name(run_file, tmp_path):
+    finished = _train(run_file, tmp_path / "out", "clamped", 1)
+    assert finished.statuses == (1,)
+    assert "TransformerConfig.activation_func_clamp_value: " in finished.outputs[0]
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_attention_that_takes_no_packed_samples_is_refused(run_file, tmp_path):
     finished = _train(run_file, tmp_path / "out", "stock attention", 1)
     assert finished.statuses == (1,)

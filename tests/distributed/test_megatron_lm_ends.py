@@ -118,7 +118,7 @@ def test_a_model_provider_that_builds_another_model_is_refused(run_file, tmp_pat
     (error,) = errors(finished.outputs[0])
     assert error == (
         "lorafusion-megatron: error: TransformerConfig.activation_func_clamp_value: activation_func_clamp_value is 0.1 "
-        "in the script's model; the base model needs another value; set it to None where the model is built"
+        "in the model; the base model needs another value; set it to None where the model is built"
     )
     assert not (tmp_path / "out").exists()
 

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_model import GPTModel
 
 from ...errors import UserError
 from ...mcore.attention import PackedAttention
@@ -40,11 +39,12 @@ Each changes what is computed, or takes rows or linears away from the adapters. 
 """
 
 
-def check_model_config(model: GPTModel, spec: ModelSpec) -> None:
+def check_model_config(model: Any, spec: ModelSpec) -> None:
     """Compare a model with the base model.
 
     Args:
-        model: a chunk in its final type, before its rotary table and its biases are set from ``spec``.
+        model: a chunk (GPTModel or HybridModel) in its final type, before its rotary table and its biases are set from
+            ``spec``.
         spec: the base model.
 
     Raises:
@@ -53,7 +53,11 @@ def check_model_config(model: GPTModel, spec: ModelSpec) -> None:
     Note: what `build.prepare_base` sets from the base model is not looked at: rope scaling, the rotary base, biases
     that one switch of Megatron's adds to all linears, a tied output layer.
     """
+    # A hybrid model counts attention and MLP as layers of their own.
+    hybrid = getattr(model, "hybrid_layer_pattern", None) is not None
     for name, wanted in _fields(spec):
+        if hybrid and name == "num_layers":
+            continue
         got = getattr(model.config, name, wanted)
         if got != wanted:
             raise _differs(f"{name} is {_named(got)}", f"set it to {_named(wanted)} where the model is built", name)
@@ -90,7 +94,7 @@ def _fields(spec: ModelSpec) -> Iterator[tuple[str, Any]]:
     yield from ABSENT.items()
 
 
-def _check_positions(model: GPTModel) -> None:
+def _check_positions(model: Any) -> None:
     """The positions are the base model's: rotary, in Megatron's embedding or in our attention, and not interpolated."""
     kind = model.position_embedding_type
     ours = kind == "none" and any(isinstance(module, PackedAttention) for module in model.modules())
@@ -109,7 +113,7 @@ def _named(value: Any) -> str:
 
 def _differs(given: str, remedy: str, name: str, *, owner: str = "TransformerConfig") -> UserError:
     return UserError(
-        f"{given} in the script's model",
+        f"{given} in the model",
         rule="the base model needs another value",
         remedy=remedy,
         key=f"{owner}.{name}",

@@ -127,10 +127,10 @@ def test_megatrons_fused_loss_passes_in_16_bits(llama):
 
 def test_positions_must_be_the_base_models(llama):
     check_model_config(model(llama, seq_len_interpolation_factor=None), llama)
-    with pytest.raises(UserError, match=r"^GPTModel\.seq_len_interpolation_factor: .* is 4 in the script's model"):
+    with pytest.raises(UserError, match=r"^GPTModel\.seq_len_interpolation_factor: .* is 4 in the model"):
         check_model_config(model(llama, seq_len_interpolation_factor=4), llama)
     for kind in ("none", "learned_absolute", "yarn"):
-        with pytest.raises(UserError, match=rf"^GPTModel\.position_embedding_type: .* is {kind} in the script's model"):
+        with pytest.raises(UserError, match=rf"^GPTModel\.position_embedding_type: .* is {kind} in the model"):
             check_model_config(model(llama, positions=kind), llama)
     made = model(llama, positions="none")
     made.modules = lambda: iter([PackedAttention.__new__(PackedAttention)])
