@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     """Plan the whole run with each kind of schedule and print the figures; 0 unless something is wrong."""
     from lorafusion_megatron.scheduler.options import SCHEDULES
 
-    _check_outputs(args)
+    _check_options(args)
     work = _load(args)
     with _Bar(len(SCHEDULES) * sum(source.num_steps for source in work.sources.values())) as bar:
         planned = {kind: _plan(work, kind, bar) for kind in SCHEDULES}
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_outputs(args: argparse.Namespace) -> None:
+def _check_options(args: argparse.Namespace) -> None:
     """Raise before any work where something would end it after a file was written."""
     if args.replicas < 1:
         raise UserError(f"replicas {args.replicas}", rule="it must be at least 1", remedy="raise it", key="--replicas")

@@ -264,7 +264,7 @@ class JobConfig:
         require(
             steps <= MAX_COUNT,
             key=f"{key}.train.epochs".lstrip("."),
-            given=f"{steps} optimizer steps" if steps > MAX_COUNT else "",
+            given=f"{steps} optimizer steps",
             rule=f"a job has at most {MAX_COUNT}",
             remedy="give fewer epochs or a larger global batch",
         )

@@ -6,7 +6,8 @@ lock: a thread that pickles stops the one that trains, and one that makes many s
 time here is few calls that let go of the lock.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,8 @@ from .parallel import Groups
 
 Factors = dict[tuple[int, str, str], torch.Tensor]
 """(layer, projection, "A" | "B") -> fp32 tensor in PEFT's orientation."""
+type Gather = Callable[[torch.Tensor, torch.cuda.Event | None], Factors | None]
+"""One of an adapter's flat buffers, and when it is written -> its factors on rank 0, None elsewhere; for all ranks."""
 
 PIECE = 1 << 23
 """Elements that cross at once: 32 MiB of fp32, which a GPU hands over in 1 to 2 ms."""
@@ -37,12 +40,13 @@ class FactorGatherer:
             self._stream = torch.cuda.Stream(groups.device)
             self._pinned = torch.empty(PIECE, dtype=torch.float32, pin_memory=True)
 
-    def adapter(self, shard: AdapterShard) -> "AdapterGatherer":
-        """What gathers this adapter's buffers."""
+    def adapter(self, shard: AdapterShard) -> Gather:
+        """What gathers this adapter's buffers, whose layout on all ranks is known then; every rank calls it."""
         places = list(shard.places) if self._groups.dp_rank == 0 else []
-        return AdapterGatherer(self, self._groups.gather((places, shard.numel if places else 0), self._groups.saves))
+        everyone = self._groups.gather((places, shard.numel if places else 0), self._groups.saves)
+        return partial(self._whole, everyone)
 
-    def whole(
+    def _whole(
         self, everyone: list[tuple[list[FactorPlace], int]] | None, flat: torch.Tensor, ready: torch.cuda.Event | None
     ) -> Factors | None:
         """All factors that lie in the ranks' ``flat``, on rank 0; None elsewhere.
@@ -86,17 +90,6 @@ class FactorGatherer:
                 pinned.copy_(piece, non_blocking=True)
             self._stream.synchronize()
             yield pinned
-
-
-class AdapterGatherer:
-    """One adapter on its way to rank 0, whose layout on all ranks is known there."""
-
-    def __init__(self, gatherer: FactorGatherer, everyone: list[tuple[list[FactorPlace], int]] | None) -> None:
-        self._gatherer, self._everyone = gatherer, everyone
-
-    def whole(self, flat: torch.Tensor, ready: torch.cuda.Event | None) -> Factors | None:
-        """All factors of one of the adapter's buffers on rank 0, None elsewhere; every rank calls it."""
-        return self._gatherer.whole(self._everyone, flat, ready)
 
 
 def _split(flat: torch.Tensor) -> tuple[torch.Tensor, ...]:

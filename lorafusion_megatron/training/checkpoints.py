@@ -15,7 +15,8 @@ from .adapters import to_peft
 from .jobs import Job
 from .output import write_json
 from .saver import PlanPosition, StateItem
-from .state import StateWriter, drop_old, sequences
+from .sequences import sequences
+from .state import StateWriter, drop_old
 
 Note = Callable[[str], None]
 

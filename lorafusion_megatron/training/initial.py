@@ -9,6 +9,7 @@ from lorafusion_megatron.models.adapter_config import (
     read_adapter_config,
     read_adapter_shapes,
 )
+from lorafusion_megatron.training.sequences import checkpoint_folder, sequences
 from lorafusion_megatron.types import ModelSpec
 
 
@@ -38,8 +39,9 @@ def _begun_before(run: RunConfig) -> set[str]:
     if run.checkpoint.resume == "never":
         return set()
     try:
-        newest = max((path for path in states.iterdir() if path.name.isdigit()), default=None)
-        manifest = json.loads((newest / "manifest.json").read_text()) if newest else {"jobs": []}
+        manifest = {"jobs": []}
+        for newest in sequences(states)[:1]:
+            manifest = json.loads((checkpoint_folder(states, newest) / "manifest.json").read_text())
         return {
             job["name"] for job in manifest["jobs"] if job["counters"] or job["status"] not in ("running", "paused")
         }

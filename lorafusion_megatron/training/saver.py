@@ -233,7 +233,7 @@ class Saver:
             return
         ((job, step),) = item.wants.items()
         shard, snapshot = item.got[job]
-        factors = self._gatherer.adapter(shard).whole(snapshot.master, snapshot.ready)
+        factors = self._gatherer.adapter(shard)(snapshot.master, snapshot.ready)
         if factors is not None:
             self._write_adapter(job, step, factors, item.best)
 
@@ -259,7 +259,7 @@ class StateItem:
     def jobs(self) -> Iterator[tuple[int, StepCounters, dict[str, Factors] | None]]:
         """(job, its counts, part -> whole factors on rank 0), by job."""
         for job, (shard, snapshot) in sorted(self._got.items()):
-            adapter = self._gatherer.adapter(shard)
-            parts = {part: adapter.whole(getattr(snapshot, part), snapshot.ready) for part in PARTS}
+            gather = self._gatherer.adapter(shard)
+            parts = {part: gather(getattr(snapshot, part), snapshot.ready) for part in PARTS}
             whole = {part: factors for part, factors in parts.items() if factors is not None}
             yield job, snapshot.counters, whole or None

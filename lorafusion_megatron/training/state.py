@@ -11,7 +11,6 @@ executed when it is read (JSON and safetensors only).
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,9 +24,9 @@ from ..mcore.steps import StepCounters
 from ..models.files import flush
 from ..models.tensors import save_tensors
 from ..types import Microbatch, Sample, Schedule, StepEnd
+from .sequences import checkpoint_folder, sequences
 
 FORMAT = 1
-_NAME = re.compile(r"[0-9]{8,}")
 PARTS = ("master", "exp_avg", "exp_avg_sq")
 HASHED_AT_ONCE = 1 << 24
 """Bytes, about 10 ms."""
@@ -37,7 +36,7 @@ class StateWriter:
     """Writes one checkpoint piece by piece; nothing shows under its name before `commit`."""
 
     def __init__(self, folder: Path, sequence: int) -> None:
-        self.path = folder / f"{sequence:08d}"
+        self.path = checkpoint_folder(folder, sequence)
         self._temporary = folder / f".{sequence:08d}.{os.getpid()}"
         self._files: dict[str, dict[str, Any]] = {}
         shutil.rmtree(self._temporary, ignore_errors=True)
@@ -83,13 +82,6 @@ class StateWriter:
         self._files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
 
 
-def sequences(folder: Path) -> list[int]:
-    """Numbers of the checkpoints in a state folder, newest first, whole or not."""
-    if not folder.is_dir():
-        return []
-    return sorted((int(p.name) for p in folder.iterdir() if p.is_dir() and _NAME.fullmatch(p.name)), reverse=True)
-
-
 def check_folder(folder: Path) -> None:
     """Check that a state folder is one, or is not there.
 
@@ -120,7 +112,7 @@ def newest_state(folder: Path, note: Callable[[str], None]) -> tuple[Path, dict[
     check_folder(folder)
     damaged = 0
     for sequence in sequences(folder):
-        path = folder / f"{sequence:08d}"
+        path = checkpoint_folder(folder, sequence)
         try:
             return path, check_state(path)
         except UserError:
@@ -150,7 +142,7 @@ def newest_state(folder: Path, note: Callable[[str], None]) -> tuple[Path, dict[
 def set_damaged_aside(folder: Path, whole: Path) -> None:
     """Rename the checkpoints that are newer than the newest whole one, so that none of them counts as kept."""
     for sequence in sequences(folder):
-        path = folder / f"{sequence:08d}"
+        path = checkpoint_folder(folder, sequence)
         if path.name > whole.name:
             aside = path.with_suffix(".damaged")
             shutil.rmtree(aside, ignore_errors=True)
@@ -237,7 +229,7 @@ def factor_key(part: str, layer: int, projection: str, factor: str) -> str:
 def drop_old(folder: Path, keep: int) -> None:
     """Keep the newest ``keep`` checkpoints; remove what a killed run left unfinished."""
     for sequence in sequences(folder)[keep:]:
-        shutil.rmtree(folder / f"{sequence:08d}")
+        shutil.rmtree(checkpoint_folder(folder, sequence))
     drop_unfinished(folder)
 
 

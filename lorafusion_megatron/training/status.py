@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..errors import UserError
+from .sequences import checkpoint_folder, sequences
 
 SPARKS = "▁▂▃▄▅▆▇█"
 
@@ -112,10 +113,8 @@ def sparkline(values: list[float], width: int = 24) -> str:
 
 
 def _newest_checkpoint(folder: Path) -> str | None:
-    if not folder.is_dir():
-        return None
-    names = sorted(path.name for path in folder.iterdir() if path.name.isdigit() and (path / "manifest.json").is_file())
-    return str(folder / names[-1]) if names else None
+    paths = (checkpoint_folder(folder, sequence) for sequence in sequences(folder))
+    return next((str(path) for path in paths if (path / "manifest.json").is_file()), None)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

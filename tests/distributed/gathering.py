@@ -28,10 +28,10 @@ def bring(piece: int) -> int:
     )
     gatherer, shard = gather.FactorGatherer(groups), (*halves, halves[0], empty)[rank]
     for sign in (1, -1):  # one adapter after the other
-        adapter = gatherer.adapter(shard)
+        whole_of = gatherer.adapter(shard)
         for scale in (1, 2):  # one part of a checkpoint after the other
             # What a replica holds is not looked at.
-            found = adapter.whole(shard.master * (sign * scale if rank != 2 else 0), None)
+            found = whole_of(shard.master * (sign * scale if rank != 2 else 0), None)
             assert (found is None) == (rank != 0)
             if found is not None:
                 assert found.keys() == whole.keys()

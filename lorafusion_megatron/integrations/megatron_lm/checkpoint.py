@@ -27,7 +27,7 @@ from ...errors import UserError
 from ...mcore.parallel import Groups
 from ...models.files import flush, temporary_folder
 from ...training.output import replace_text, write_json
-from ...training.state import sequences
+from ...training.sequences import sequences
 
 COUNTS = "megatron.json"
 

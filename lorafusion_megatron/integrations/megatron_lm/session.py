@@ -111,6 +111,7 @@ class Session:
         """Megatron's DDP wrapper, with the base taken over before it."""
 
         def wrap(chunks: Sequence[torch.nn.Module], *rest: Any, **named: Any) -> Any:
+            """All ranks' first call with their models: they agree where to begin, and the jobs are set up."""
             on_gpu = self.prepared.device == "cuda"
             device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
             groups = parallel.join(device=device, timeout_minutes=self.args.distributed_timeout_minutes)

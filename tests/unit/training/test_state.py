@@ -12,6 +12,7 @@ from lorafusion_megatron.scheduler.build import PlanOptions, build_schedule
 from lorafusion_megatron.scheduler.trim import trim_schedule
 from lorafusion_megatron.training.checkpoints import _drop_old_steps
 from lorafusion_megatron.training.saver import PlanPosition, plan_saves
+from lorafusion_megatron.training.sequences import sequences
 from lorafusion_megatron.training.state import (
     StateWriter,
     check_state,
@@ -21,7 +22,6 @@ from lorafusion_megatron.training.state import (
     encode_schedule,
     load_job,
     newest_state,
-    sequences,
     set_damaged_aside,
 )
 from lorafusion_megatron.training.windows import window_shares
