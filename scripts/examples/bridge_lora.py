@@ -19,8 +19,12 @@ def main() -> int:
     provider = bridge.to_megatron_provider(load_weights=True)
     provider.tensor_model_parallel_size = run.model.tensor_model_parallel_size
     provider.pipeline_model_parallel_size = run.model.pipeline_model_parallel_size
+    provider.virtual_pipeline_model_parallel_size = run.model.virtual_pipeline_model_parallel_size
     provider.sequence_parallel = run.model.sequence_parallel
     provider.pipeline_dtype = provider.params_dtype = getattr(torch, run.base_model.dtype)
+    provider.bf16 = run.base_model.dtype == "bfloat16"
+    provider.cross_entropy_loss_fusion = run.base_model.dtype != "float32"  # it rounds to bfloat16
+    provider.gradient_accumulation_fusion = False  # needs Apex, and the base model has no gradients
     provider.finalize()
     provider.initialize_model_parallel(seed=run.runtime.seed)
     models = provider.provide_distributed_model(wrap_with_ddp=False)

@@ -113,3 +113,13 @@ def count_synchronisations(out: str, microbatches: list[int]) -> int:
     if groups.pp_rank == 0:
         Path(out).write_text(json.dumps(counts))
     return 0
+
+
+def bridge_lora(words: list[str]) -> int:
+    """The example script for Megatron-Bridge."""
+    import runpy
+    import sys
+
+    sys.argv = ["bridge_lora.py", *words]
+    status: int = runpy.run_path("scripts/examples/bridge_lora.py")["main"]()
+    return status

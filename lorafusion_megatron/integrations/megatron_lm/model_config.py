@@ -31,7 +31,6 @@ ABSENT = {
     "softmax_type": "vanilla",
     "use_mup": False,
     "use_transformer_engine_op_fuser": False,
-    "window_size": None,
 }
 """Fields of Megatron's configuration that no supported base model sets -> their defaults.
 
@@ -71,6 +70,7 @@ def check_model_config(model: Any, spec: ModelSpec) -> None:
             remedy="switch it off where the model is built, or train in bfloat16",
             key="TransformerConfig.cross_entropy_loss_fusion",
         )
+    _check_window(model.config, spec)
     _check_positions(model)
 
 
@@ -92,6 +92,17 @@ def _fields(spec: ModelSpec) -> Iterator[tuple[str, Any]]:
         ("attention_dropout", 0.0),
     )
     yield from ABSENT.items()
+
+
+def _check_window(config: Any, spec: ModelSpec) -> None:
+    """No window, or the base model's, which no sample is longer than (`training.checks`): it hides nothing.
+
+    Megatron's ``(left, right)`` are positions beside a token's own; Transformers counts that one.
+    """
+    window, wanted = config.window_size, spec.sliding_window
+    if window is not None and (wanted is None or tuple(window) != (wanted - 1, 0)):
+        name, remedy = "window_size", "leave it out where the model is built"
+        raise _differs(f"{name} is {tuple(window)}", remedy, name)
 
 
 def _check_positions(model: Any) -> None:

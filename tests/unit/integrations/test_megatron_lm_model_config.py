@@ -119,6 +119,21 @@ def test_every_field_is_megatrons_and_has_its_default_there(llama):
     assert set(OTHERS) - set(defaults) <= {"multi_latent_attention"}
 
 
+def test_a_window_passes_that_is_the_base_models(tmp_path, llama):
+    mistral = read_model_spec(tiny.write_base(tmp_path / "mistral", model_type="mistral", sliding_window=64))
+    made = model(mistral)
+    made.config.window_size = [63, 0]  # as Megatron-Bridge sets it
+    check_model_config(made, mistral)
+    for window in ((64, 0), (63, 1), (-1, 0)):
+        made.config.window_size = window
+        with pytest.raises(UserError, match=r"^TransformerConfig\.window_size: .* is \("):
+            check_model_config(made, mistral)
+    made = model(llama)
+    made.config.window_size = (63, 0)
+    with pytest.raises(UserError, match=r"^TransformerConfig\.window_size: "):
+        check_model_config(made, llama)
+
+
 def test_megatrons_fused_loss_passes_in_16_bits(llama):
     made = model(llama, dtype=torch.bfloat16)
     made.config.cross_entropy_loss_fusion = True
