@@ -17,7 +17,7 @@ from scripts import generate
 ROOT = Path(__file__).parents[3]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-PROGRAMS = ("lorafusion-megatron", "torchrun", "sbatch", "srun", "python", "pip", "make", "hf", "scripts/")
+PROGRAMS = ("lorafusion-megatron", "torchrun", "sbatch", "srun", "python", "pip", "make", "hf", "vllm", "scripts/")
 MARKER = re.compile(r"<!-- (run|gpu|setup|by hand|test)(?:: (.+?))? -->")
 
 
