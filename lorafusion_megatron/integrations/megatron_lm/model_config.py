@@ -14,6 +14,7 @@ ABSENT = {
     "activation_func_clamp_value": None,
     "apply_residual_connection_post_layernorm": False,
     "attention_output_gate": False,
+    "enable_mhc_connections": False,
     "experimental_attention_variant": None,
     "fp4": None,
     "fp8": None,
