@@ -17,7 +17,7 @@ from .jobs import Job
 from .lifecycle import Inbox
 from .new_jobs import NewJobs, check_room
 from .rack import AdapterRack
-from .resume import ADAPTER_FILES
+from .resume import ADAPTER_FILES, lies_in_run
 from .roster import Roster
 from .saver import Saver
 from .setup import Prepared
@@ -107,7 +107,7 @@ class Decisions:
         """
         save = self._prepared.run.checkpoint.save
         start = Builder(save / "inbox").section(JobConfig, raw, name).peft.init_from
-        if start is None or Path(os.path.realpath(save)) not in Path(os.path.realpath(start)).parents:
+        if start is None or not lies_in_run(self._prepared.run, start):
             return raw
         self._saver.drain()  # what the window that ended has learnt
         held = Path(os.path.abspath(save / "inbox" / "starts" / name))

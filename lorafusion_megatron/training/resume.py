@@ -1,5 +1,6 @@
 """Where a run begins: at the newest whole checkpoint of its folder, or afresh."""
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -222,6 +223,13 @@ def _other_base(given: str, rule: str) -> UserError:
         rule=f"the base model {rule}",
         remedy="set it back to the model that the run began with, or set checkpoint.resume: never",
         key="base_model.path",
+    )
+
+
+def lies_in_run(run: RunConfig, adapter: Path | None) -> bool:
+    """Whether an adapter to start from is in the folder of the run, which may write another one over it."""
+    return (
+        adapter is not None and Path(os.path.realpath(run.checkpoint.save)) in Path(os.path.realpath(adapter)).parents
     )
 
 

@@ -30,7 +30,7 @@ from .prefetch import prefetch
 from .progress import Progress
 from .rack import AdapterRack, InjectedModel, build_model
 from .report import RunReport
-from .resume import find_resume, start_afresh
+from .resume import find_resume, lies_in_run, start_afresh
 from .roster import Roster
 from .saver import MAX_WAITING, PlanPosition, SaveItem, Saver, plan_saves
 from .setup import Prepared
@@ -118,6 +118,11 @@ class Trainer:
         self.batches = BatchMaker(prepared, groups, self.roster)
         self.validator = Validator(self.runner, self.batches, groups, prepared.plan_options)
         self.collector = Collector(active=groups.device.type == "cuda")
+        begins = [job for job in self.jobs.values() if job.slot is not None and resumed.counters(job.index) is None]
+        if any(lies_in_run(self.run, job.config.peft.init_from) for job in begins):
+            # They, or the jobs whose adapters those are, write there: no later start may read that again.
+            self._save_state(self._left)
+            self.saver.drain()
         self._report_status("running")
 
     @property
