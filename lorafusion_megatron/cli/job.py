@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Leave a request, or list; 0."""
+    from lorafusion_megatron.training.lifecycle import OPERATIONS
     from lorafusion_megatron.training.status import read_status
 
     status = read_status(args.run_dir)
@@ -52,8 +53,9 @@ def run(args: argparse.Namespace) -> int:
         for file in sorted(inbox.glob("*.yaml")):
             print(f"waiting: {file.name}")
         return 0
-    paused = [job.name for job in status.jobs if job.status == "paused"]
-    waits = status.state != "running" and args.action in ("resume", "cancel") and args.name in paused
+    live = ("paused",) if status.state == "done" else ("paused", "running")
+    fit = [job.name for job in status.jobs if job.status in live and job.status in OPERATIONS.get(args.action, ())]
+    waits = status.state != "running" and args.action != "add" and args.name in fit
     if status.state != "running" and not waits:
         raise UserError(
             f"the run in {args.run_dir} is {status.state}",
@@ -121,8 +123,8 @@ def _absolute(raw: Any, job: "JobConfig") -> str:
     """A job as text, with absolute paths: the run would look relative ones up in its own folders."""
     for section, key in PATHS:
         found = getattr(getattr(job, section), key)
-        # A chat template may also be given as it is; a file's name has no brace.
-        if found is not None and "{" not in str(found):
+        # A chat template with a brace is one that is given as it is.
+        if found is not None and (key != "chat_template" or "{" not in found):
             raw[section][key] = os.path.abspath(found)
     # JSON is YAML, and quotes names that YAML would take for numbers.
     return json.dumps(raw, ensure_ascii=False, indent=1) + "\n"

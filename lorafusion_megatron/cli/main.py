@@ -1,12 +1,13 @@
 """The ``lorafusion-megatron`` command: finds the asked command's module and runs it."""
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from lorafusion_megatron.errors import UserError
 
@@ -69,32 +70,96 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: words after the program's name; None: those of this process.
 
     Returns:
-        The exit status: 0, 2 for bad input (one line on stderr), 130 after Ctrl-C, or what the command documents.
+        The exit status: 0, 2 for bad input (one line on stderr), 1 where what is printed can't be written (one line
+        too), 130 after Ctrl-C, or what the command documents. That of ``train`` is never changed by its output.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    command = next((word for word in words if not word.startswith("-")), None)
     try:
-        command = next((word for word in words if not word.startswith("-")), None)
-        parser = build_parser(command)
-        args, extra = parser.parse_known_args(words)
-        # argparse takes trailing words in one piece: overrides that follow an option are left over.
-        if extra and (not hasattr(args, "overrides") or not all(_is_override(word) for word in extra)):
-            parser.error(f"unrecognized arguments: {' '.join(extra)}")
-        if extra:
-            args.overrides += extra
-        status: int = args.run(args)
-        sys.stdout.flush()
-        return status
+        status = _run(words, command)
     except UserError as error:
         # Under torchrun every rank of a machine meets the same mistake: one line is enough.
         if os.environ.get("LOCAL_RANK", "0") == "0" or "LOCAL_WORLD_SIZE" not in os.environ:
-            print(f"{PROGRAM}: error: {error}", file=sys.stderr)
-        return 2
+            _complain(str(error))
+        status = 2
     except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # The reader (head, less) has gone; without this the interpreter complains once more when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 130
+    except SystemExit:  # --help
+        status = _written(0, command)
+        if status:
+            return status
+        raise
+    except Exception as error:
+        # Training's own lines never raise.
+        if isinstance(error, OSError) and command != "train" and _is_of_stdout(error):
+            return _lost(error)
+        _written(1, command)
+        raise
+    return _written(status, command)
+
+
+def _run(words: Sequence[str], command: str | None) -> int:
+    """Parse the words and run their command; its exit status."""
+    parser = build_parser(command)
+    args, extra = parser.parse_known_args(words)
+    # argparse takes trailing words in one piece: overrides that follow an option are left over.
+    if extra and (not hasattr(args, "overrides") or not all(_is_override(word) for word in extra)):
+        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    if extra:
+        args.overrides += extra
+    status: int = args.run(args)
+    return status
+
+
+def _complain(text: str) -> None:
+    """Print an error's line, where stderr is open and can be written."""
+    if sys.stderr is None:
+        return
+    try:
+        print(f"{PROGRAM}: error: {text}", file=sys.stderr, flush=True)
+    except OSError:
+        _drop(sys.stderr)
+
+
+def _is_of_stdout(error: OSError) -> bool:
+    """Whether a command's error comes from stdout, which then can't be written now either."""
+    if sys.stdout is None or error.filename is not None:  # files that are opened have a name in their errors
+        return False
+    if isinstance(error, BrokenPipeError):
+        return True
+    try:
+        print(flush=True)  # an empty line, ahead of the traceback: an unbuffered stream has nothing left to flush
+    except OSError:
+        return True
+    return False
+
+
+def _written(status: int, command: str | None) -> int:
+    """Write what is still in stdout's buffer; the exit status after that."""
+    try:
+        if sys.stdout is not None:  # None: the process was started with a closed stdout
+            sys.stdout.flush()
+    except (OSError, ValueError) as error:  # ValueError: it has been closed since
+        if command != "train" and not status:
+            return _lost(error)
+        _drop(sys.stdout)
+    return status
+
+
+def _lost(error: OSError | ValueError) -> int:
+    """Say that stdout can't be written; the exit status. A reader (head, less) that has gone has seen enough."""
+    _drop(sys.stdout)
+    if isinstance(error, BrokenPipeError):
         return 0
+    reason = error.strerror if isinstance(error, OSError) else error
+    _complain(f"standard output can't be written ({reason}); make room, or send it elsewhere")
+    return 1
+
+
+def _drop(stream: TextIO) -> None:
+    """Send what is left in a stream's buffer nowhere: the interpreter's last flush would fail and end with 120."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":

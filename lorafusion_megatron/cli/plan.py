@@ -182,7 +182,7 @@ def _given_lengths(path: Path, run_config: "RunConfig", padding: int) -> Iterato
 
     rule = '--lengths takes a JSON object {"job": [length in tokens, …]} with every job of the run'
     try:
-        given = json.loads(path.read_text(encoding="utf-8-sig"))
+        given = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_doubles)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} can't be read ({error})", rule=rule, remedy="check it", key="--lengths") from None
     names = [job.name for job in run_config.jobs]
@@ -208,6 +208,15 @@ def _given_lengths(path: Path, run_config: "RunConfig", padding: int) -> Iterato
         yield _GivenLengths(np.array(lengths, dtype=np.int64))
 
 
+def _without_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; raises ValueError where a key comes twice, of which Python would take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in found if names.count(name) > 1)!r} comes twice")
+    return found
+
+
 def _plan(work: _Work, kind: str, bar: "_Bar") -> _Planned:
     """Plan all windows of the run with one kind of schedule, as training would."""
     from lorafusion_megatron.scheduler.build import build_schedule
@@ -228,7 +237,7 @@ def _plan(work: _Work, kind: str, bar: "_Bar") -> _Planned:
 
 def _windows(work: _Work) -> Iterator[list[list["GlobalBatch"]]]:
     """The windows that training plans, one after another; nothing of the earlier ones is kept."""
-    from lorafusion_megatron.training.windows import window_shares
+    from lorafusion_megatron.training.windows import least_tokens, window_shares
 
     done = dict.fromkeys(work.sources, 0)
     tokens = {
@@ -240,7 +249,8 @@ def _windows(work: _Work) -> Iterator[list[list["GlobalBatch"]]]:
         if not left:
             return
         until_eval = {index: work.run.jobs[index].eval.steps_until_next(done[index]) for index in left}
-        shares = window_shares(left, {index: tokens[index] for index in left}, budget, until_eval)
+        per_step = {index: tokens[index] for index in left}
+        shares = window_shares(left, per_step, budget, until_eval, least_tokens(work.options))
         yield [[work.sources[i].batch(done[i] + 1 + step) for step in range(count)] for i, count in shares.items()]
         for index, count in shares.items():
             done[index] += count

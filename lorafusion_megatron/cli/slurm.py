@@ -1,9 +1,14 @@
 """``slurm``: write the batch script that trains a run file on a SLURM cluster."""
 
 import argparse
+import contextlib
+import io
+import os
 import re
 import shlex
+import stat
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +17,10 @@ from lorafusion_megatron.errors import UserError
 
 TIME = re.compile(r"(?:(?P<days>\d+)-(?=\d))?(?P<parts>\d+(?::\d{1,2}){0,2})")
 OPTION = re.compile(r'--?[A-Za-z][A-Za-z0-9-]*(?:(?:=| +)[^"\\]+)?')
+PARTS = re.compile(r"(--?[A-Za-z][A-Za-z0-9-]*)(=| +(?=\S))(.+)")
+"""Name of an option, what parts it from its value, and the value."""
+PLAIN = re.compile(r"[\w.,:/%@+=&|\[\]()*-]+")
+"""Values that sbatch reads whole without quotes; elsewhere it ends them at a blank or #, and drops single quotes."""
 MOST_WARN_SECONDS = 65535
 """What sbatch's ``--signal`` takes."""
 HEAD = """\
@@ -27,6 +36,8 @@ HEAD = """\
 #   MASTER_ADDR       name or address of the first node, where the others can't resolve SLURM's name for it
 #   CONTAINER_IMAGE   run inside this image (pyxis and enroot), with CONTAINER_MOUNTS
 """
+FIRST_LINES = HEAD.partition("{how}")[0].encode()
+"""What every script begins with."""
 
 BODY = """\
 set -euo pipefail
@@ -142,9 +153,13 @@ class SlurmJob:
 
 
 def _quoted(option: str) -> str:
-    """An option as sbatch reads it in a directive: a value with blanks in double quotes."""
-    found = re.fullmatch(r"(-[\w-]+=)(.*\s.*)", option)
-    return f'{found[1]}"{found[2]}"' if found else option
+    """An option as sbatch reads it in a directive: a value that is not plain in double quotes."""
+    found = PARTS.fullmatch(option)
+    if found is None or PLAIN.fullmatch(found[3]):
+        return option
+    # Only long options take their value after =.
+    parting = "=" if option.startswith("--") else found[2]
+    return f'{found[1]}{parting}"{found[3]}"'
 
 
 def script(job: SlurmJob, arguments: Sequence[str] | None = None) -> str:
@@ -233,12 +248,12 @@ def run(args: argparse.Namespace) -> int:
     topology = run_config.topology(job.nodes * job.processes_per_node)
     text = script(job, [args.run_file, *args.overrides])
     if args.output == "-":
-        print(text, end="")
+        _print(text)
         return 0
     path = Path(args.output)
     try:
-        path.write_text(text)
-        path.chmod(0o755)
+        _check_output(path, Path(args.run_file))
+        _replace(path, text)
     except OSError as error:
         raise UserError(
             f"{path} can't be written ({error.strerror})",
@@ -246,13 +261,66 @@ def run(args: argparse.Namespace) -> int:
             remedy="choose another file",
             key="--output",
         ) from None
-    print(
+    _print(
         f"wrote {path}: {job.nodes} x {job.processes_per_node} processes, tensor {topology.tensor_parallel}, "
-        f"pipeline {topology.pipeline_parallel}, data {topology.data_parallel}; submit it with: sbatch {path}"
+        f"pipeline {topology.pipeline_parallel}, data {topology.data_parallel}; "
+        f"submit it with: sbatch {shlex.quote(str(path))}\n"
     )
     if topology.tensor_parallel > job.processes_per_node:
         print("note: tensor parallel groups span nodes, which is slow; keep them within one")
     return 0
+
+
+def _check_output(path: Path, run_file: Path) -> None:
+    """Check that the script would replace nothing but a script that was written before.
+
+    Raises:
+        UserError: the file is the run file, or holds something else.
+        OSError: it can't be read.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return
+    if path.samefile(run_file):
+        given = f"{path} is the run file"
+    elif not stat.S_ISREG(mode):  # a folder; a device or pipe, which os.replace would put the script in the place of
+        given = f"{path} is no file"
+    else:
+        with path.open("rb") as file:
+            if file.read(len(FIRST_LINES)) == FIRST_LINES:
+                return
+        given = f"{path} exists and is no script of this command"
+    raise UserError(
+        given,
+        rule="only a script that this command wrote is replaced",
+        remedy="choose another file, or - for stdout",
+        key="--output",
+    )
+
+
+def _replace(path: Path, text: str) -> None:
+    """Replace a script atomically, or the file that a link names; nothing else is left where that fails."""
+    path = path.resolve()
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
+    try:
+        with open(handle, "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(text)
+        os.chmod(temporary, 0o755)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _print(text: str) -> None:
+    """Print bytes as they were given: the name of a file or a command need not be UTF-8."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.flush()
+        sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
+    else:
+        print(text, end="")
 
 
 def job_from(args: argparse.Namespace) -> SlurmJob:
@@ -302,7 +370,7 @@ def _check_option(option: str) -> None:
     if not OPTION.fullmatch(option):
         raise UserError(
             f"got {option!r}",
-            rule="an option of sbatch is --name or --name=value, without quotes or backslashes",
+            rule="an option of sbatch is --name or --name=value, without double quotes or backslashes",
             remedy="write it as --mem=0 or --comment=two words",
             key="--sbatch",
         )

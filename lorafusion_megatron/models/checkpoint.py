@@ -1,7 +1,9 @@
 """The files of a Hugging Face checkpoint and their tensors, by headers alone; knows no torch."""
 
+import hashlib
 import json
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +19,9 @@ INDEX_FILE = "model.safetensors.index.json"
 _DTYPES = {"F32", "F16", "BF16"}
 # Buffers that old versions of Transformers saved; they follow from the configuration.
 _IGNORED = (".rotary_emb.inv_freq",)
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_SAMPLES, _SAMPLE_BYTES = 64, 1024
+"""Places of a tensor that are compared, and the bytes at each: trained weights differ everywhere."""
 
 
 class Header(NamedTuple):
@@ -100,13 +105,17 @@ def check_base_weights(path: str | Path, spec: ModelSpec, *, key: str = "base_mo
 
     Raises:
         UserError: a tensor is missing, unknown, in two files, or of another shape or a dtype that is not floating
-            point of 16 or 32 bits; a file is damaged.
+            point of 16 or 32 bits; an output layer is another than the embedding that it is tied to; a file is damaged.
     """
     wanted = dict(hf_tensors(spec))
     found: dict[str, Path] = {}
+    head: Path | None = None
     for file in checkpoint_files(path, key=key):
         for name, (shape, dtype) in read_header(file, key=key, remedy="download it again").items():
-            if name.endswith(_IGNORED) or (spec.tied and name == "lm_head.weight"):
+            if name.endswith(_IGNORED):
+                continue
+            if spec.tied and name == _HEAD:
+                head = file
                 continue
             if name not in wanted:
                 raise tensor_error(
@@ -123,7 +132,51 @@ def check_base_weights(path: str | Path, spec: ModelSpec, *, key: str = "base_mo
     missing = [name for name in wanted if name not in found]
     if missing:
         raise tensor_error(Path(path), missing[0], f"is missing ({len(missing)} in all)", "the model needs it", key)
+    if head is not None and _sampled(head, [_HEAD])[_HEAD] != _sampled(found[_EMBEDDING], [_EMBEDDING])[_EMBEDDING]:
+        # Transformers 5 takes this tensor, earlier ones the embedding: which model it is can't be told.
+        raise UserError(
+            f"{_HEAD} in {head} differs from the embedding",
+            rule="config.json ties the output layer to it",
+            remedy="set tie_word_embeddings to false there, or remove the tensor",
+            key=key,
+        )
     return found
+
+
+def weights_fingerprint(files: Mapping[str, Path]) -> str:
+    """SHA-256 over name, type, shape and sampled values of every tensor: the same however a model is cut into files.
+
+    Args:
+        files: name of each tensor -> its file, as `check_base_weights` gives it.
+
+    Note: reads 64 KiB of each tensor. Raises OSError where a file is away by now.
+    """
+    digest = hashlib.sha256()
+    by_file: dict[Path, list[str]] = {}
+    for name, file in files.items():
+        by_file.setdefault(file, []).append(name)
+    sampled = {name: value for file, names in by_file.items() for name, value in _sampled(file, names).items()}
+    for name in sorted(sampled):
+        digest.update(name.encode() + b"\0" + sampled[name])
+    return digest.hexdigest()
+
+
+def _sampled(file: Path, names: Iterable[str]) -> dict[str, bytes]:
+    """Type, shape and some of the values of tensors of a safetensors file whose header was found good."""
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        out = {}
+        for name in names:
+            entry = header[name]
+            start, end = entry["data_offsets"]
+            room = max(0, end - start - _SAMPLE_BYTES)
+            pieces = [json.dumps([entry["dtype"], entry["shape"]]).encode()]
+            for offset in sorted({room * place // (_SAMPLES - 1) for place in range(_SAMPLES)}):
+                opened.seek(8 + size + start + offset)
+                pieces.append(opened.read(min(_SAMPLE_BYTES, end - start - offset)))
+            out[name] = b"".join(pieces)
+    return out
 
 
 def read_header(file: Path, *, key: str, remedy: str) -> dict[str, Header]:

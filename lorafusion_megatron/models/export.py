@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lorafusion_megatron.errors import UserError
 from lorafusion_megatron.models.adapter import read_adapter, write_adapter
-from lorafusion_megatron.models.adapter_config import CONFIG_FILE, WEIGHTS_FILE, check_adapter_fits
+from lorafusion_megatron.models.adapter_config import CONFIG_FILE, check_adapter_fits
 from lorafusion_megatron.models.config import read_model_spec
 from lorafusion_megatron.models.files import folder_fault, prepare_output
 
@@ -24,7 +24,7 @@ def export_adapter(run_dir: str | Path, job: str, output: str | Path, *, step: i
 
     Returns:
         Whether the adapter was also checked against its base model: not where that is no folder
-            on this machine, or one that may not be entered.
+            on this machine, one that may not be entered, or one without ``config.json``, as an empty mount point.
 
     Raises:
         UserError: there is no such run, job or step; the adapter is damaged or doesn't fit its base model; the
@@ -33,12 +33,13 @@ def export_adapter(run_dir: str | Path, job: str, output: str | Path, *, step: i
     source = find_adapter(run_dir, job, step)
     config, tensors = read_adapter(source, key="RUN_DIR")
     base = config.base_model_path
-    has_base = bool(base) and folder_fault(base) is None
+    has_base = bool(base) and folder_fault(base) is None and os.path.exists(os.path.join(base, "config.json"))
     if has_base:
         model = read_model_spec(base, key=str(source / CONFIG_FILE))
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         check_adapter_fits(source, config, shapes, model, key="RUN_DIR")
-    folder = prepare_output(output, (source / WEIGHTS_FILE).stat().st_size, key="--output")
+    # Not the file's size: the run may have dropped the step since.
+    folder = prepare_output(output, sum(tensor.nbytes for tensor in tensors.values()), key="--output")
     write_adapter(folder, config.spec(job), base, tensors)
     return has_base
 
@@ -59,7 +60,9 @@ def find_adapter(run_dir: str | Path, job: str, step: int | None = None) -> Path
         raise UserError(
             f"{run} holds no adapter of {job!r}",
             rule=f"jobs with an adapter: {', '.join(jobs) or 'none'}",
-            remedy="give one of them" if jobs else "wait for the run's first step, or give another run",
+            remedy="give one of them"
+            if jobs
+            else "wait for its first kept step (checkpoint.save_interval), its end or a stop, or give another run",
             key="JOB",
         )
     if step is None:

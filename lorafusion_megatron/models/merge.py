@@ -133,14 +133,16 @@ def _companions(base: Path, weights: Sequence[Path]) -> list[Path]:
     try:
         for file in sorted([*base.iterdir(), *base.glob(f"{_TEMPLATES}/*.jinja")]):
             wanted = file.suffix in _COPIED_SUFFIXES or file.name.upper().startswith(("LICENSE", "NOTICE"))
-            if wanted and file.name not in left_out and not file.name.startswith("adapter_") and file.is_file():
+            wanted = wanted and file.name not in left_out and not file.name.startswith("adapter_")
+            # What is listed but not there is a link that leads nowhere: opening it is the error.
+            if (wanted and file.is_file()) or ((wanted or file.name == _TEMPLATES) and not file.exists()):
                 file.open("rb").close()
                 found.append(file)
     except OSError as error:
         raise UserError(
             f"{error.filename} can't be read ({error.strerror})",
             rule="a merged model has the base's configuration and tokenizer too",
-            remedy="make it readable",
+            remedy="make it readable, or remove it",
             key="--base",
         ) from None
     return found

@@ -5,7 +5,7 @@ with T the padded tokens and Q the sum of squared sample lengths (attention neve
 """
 
 import json
-import math
+import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,6 +14,9 @@ import numpy as np
 
 from lorafusion_megatron.errors import UserError
 from lorafusion_megatron.types import Microbatch, ModelSpec
+
+SMALLEST, LARGEST = 1e-18, 1e6
+"""Seconds between which a rate lies that is not 0; sums and products of such ones stay finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +127,11 @@ class CostModel:
         """
         rates = {f"{side}.{name}": rate for side, values in asdict(self).items() for name, rate in values.items()}
         for name, rate in rates.items():
-            if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < math.inf:
-                raise ValueError(f"{name} is {rate!r}, and must be seconds: finite, at least 0")
+            is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
+            if not is_number or not (rate == 0 or SMALLEST <= rate <= LARGEST):
+                raise ValueError(
+                    f"{name} is {reprlib.repr(rate)}, and must be seconds: 0, or from {SMALLEST:g} to {LARGEST:g}"
+                )
         if not any(rates[f"{side}.layer_{what}"] for side in ("forward", "backward") for what in ("token", "square")):
             raise ValueError("layers take no longer for more tokens")
 
@@ -220,7 +226,7 @@ def fit_cost_model(rows: Iterable[Measurement]) -> CostModel:
         rows: forwards and backwards of microbatches of several sizes, on chunks with and without the output layer.
 
     Returns:
-        The cost model; a rate that the rows say nothing about is 0.
+        The cost model; a rate that the rows say nothing about, or one too small to count, is 0.
 
     Raises:
         ValueError: fewer than 5 rows of a direction.
@@ -247,6 +253,7 @@ def _fit_rates(rows: Sequence[Measurement]) -> Rates:
     features /= seconds[:, None]
     scale = np.where(features.any(axis=0), np.abs(features).max(axis=0), 1.0)
     solution = _non_negative_least_squares(features / scale, np.ones(len(rows))) / scale
+    solution[solution < SMALLEST] = 0.0
     return Rates(**dict(zip(names, solution.tolist(), strict=True)))
 
 

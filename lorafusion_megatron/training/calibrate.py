@@ -1,8 +1,10 @@
 """Measured rates for the planner, from the timeline of a run that was made."""
 
 import json
+import reprlib
 import statistics
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
 from ..scheduler.cost import CostModel, Load, Measurement, StageLoad, fit_cost_model
@@ -20,18 +22,8 @@ def read_measurements(folder: Path, *, key: str = "--calibrate") -> list[Measure
     try:
         events = json.loads((folder / "trace.json").read_text())["traceEvents"]
         spans = [event for event in events if event["ph"] == "X"]
-        rows = [
-            Measurement(
-                backward=span["cat"] == "backward",
-                layers=span["args"]["layers"],
-                output=span["args"]["output"],
-                load=Load(tokens=span["args"]["tokens"], squares=span["args"]["squares"]),
-                seconds=span["dur"] / 1e6,
-            )
-            for span in spans
-            if span["args"]["position"] >= WARMUP and span["dur"] > 0
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        rows = [_measurement(span) for span in spans if span["args"]["position"] >= WARMUP and span["dur"] > 0]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{folder / 'trace.json'} ({type(error).__name__}: {error})",
             rule="rates are measured on the timeline of a run that ended",
@@ -48,6 +40,29 @@ def read_measurements(folder: Path, *, key: str = "--calibrate") -> list[Measure
     return rows
 
 
+def _measurement(span: dict[str, Any]) -> Measurement:
+    """One forward or backward of the timeline.
+
+    Raises:
+        ValueError: a figure is no number, or none that a run writes.
+    """
+    args, microseconds = span["args"], span["dur"]
+    for name in ("layers", "tokens", "squares"):
+        if type(args[name]) is not int or not 0 <= args[name] < 2**63:
+            raise ValueError(f"{name} is {reprlib.repr(args[name])}")
+    if type(args["output"]) is not bool:
+        raise ValueError(f"output is {reprlib.repr(args['output'])}")
+    if type(microseconds) not in (int, float) or not 1e-6 <= microseconds <= 1e12:
+        raise ValueError(f"dur is {reprlib.repr(microseconds)}")
+    return Measurement(
+        backward=span["cat"] == "backward",
+        layers=args["layers"],
+        output=args["output"],
+        load=Load(tokens=args["tokens"], squares=args["squares"]),
+        seconds=microseconds / 1e6,
+    )
+
+
 def calibrate(folder: Path) -> tuple[CostModel, float]:
     """Fit the rates to a run.
 
@@ -58,11 +73,11 @@ def calibrate(folder: Path) -> tuple[CostModel, float]:
         The cost model, and the median relative error of its predictions on the same forwards and backwards.
 
     Raises:
-        UserError: as `read_measurements`; the times do not depend on the tokens.
+        UserError: as `read_measurements`; a direction has too few times, or they do not depend on the tokens.
     """
     rows = read_measurements(folder)
-    cost = fit_cost_model(rows)
     try:
+        cost = fit_cost_model(rows)
         cost.check()
     except ValueError as error:
         raise UserError(

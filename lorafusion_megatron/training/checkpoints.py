@@ -1,5 +1,6 @@
 """Writing and finding what an exact resume needs; the files' form is `state`'s, the thread is `saver`'s."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
@@ -19,6 +20,8 @@ from .sequences import sequences
 from .state import StateWriter, drop_old
 
 Note = Callable[[str], None]
+EVAL_FILE = "eval.json"
+"""Beside the best adapter: the step and the loss of the validation that found it."""
 
 
 class CheckpointWriter:
@@ -35,6 +38,7 @@ class CheckpointWriter:
         model: ModelSpec,
         base_model: Path,
         *,
+        base: str | None = None,
         keep: int,
         keep_steps: bool,
         is_first: bool,
@@ -43,6 +47,7 @@ class CheckpointWriter:
         self.folder, self._jobs, self._adapter_of = folder, jobs, adapter_of
         # PEFT and `export` look the path up from wherever they run.
         self._model, self._base_model = model, Path(os.path.abspath(base_model))
+        self._base = base
         self._keep, self._keep_steps, self._is_first, self._note = keep, keep_steps, is_first, note
         self._written: dict[int, int] = {}
         """Job -> step of the adapter that was written last by this process."""
@@ -52,29 +57,58 @@ class CheckpointWriter:
         self.state_failed = False
         """Whether the newest checkpoint could not be written (rank 0; the saving thread must be idle)."""
 
-    def adapter(self, job: int, step: int, factors: Factors, best: bool) -> None:
-        """Write a job's adapter and its losses up to ``step``."""
+    def adapter(self, job: int, step: int, factors: Factors, best: bool, keep: bool = True) -> None:
+        """Write a job's adapter and its losses up to ``step``; also as a kept step, where the run keeps some."""
         entry, spec = self._jobs[job], self._adapter_of(job)
         folder = self.folder / entry.name
         tensors = to_peft(factors, self._model)
         try:
             if best:
-                write_adapter(folder / "best", spec, self._base_model, tensors)
+                self._write_best(
+                    folder, step, dict(entry.evals), lambda to: write_adapter(to, spec, self._base_model, tensors)
+                )
                 return
             write_adapter(folder, spec, self._base_model, tensors)
             write_json(folder / "losses.json", entry.losses[:step])
-            if self._keep_steps:
+            if self._keep_steps and keep:
                 write_adapter(folder / f"step_{step}", spec, self._base_model, tensors)
                 self._kept.setdefault(job, set()).add(step)
             self._written[job] = step
         except OSError as error:
             self._note(f"{entry.name}: the adapter of step {step} could not be saved ({error}); the run goes on")
             return
-        if self._keep_steps:
+        if self._keep_steps and keep:
             try:
                 _drop_old_steps(folder, self._keep, self._kept[job])
             except OSError as error:
                 self._note(f"{entry.name}: an old adapter could not be removed ({error}); the run goes on")
+
+    def _write_best(self, folder: Path, step: int, losses: Mapping[int, float], write: Callable[[Path], None]) -> None:
+        best = folder / "best"
+        (best / EVAL_FILE).unlink(missing_ok=True)  # never beside another step's adapter
+        write(best)
+        write_json(best / EVAL_FILE, {"step": step, "loss": losses.get(step)})
+        shutil.rmtree(folder / f"best_step_{step}", ignore_errors=True)
+
+    def roll_back(self) -> None:
+        """At a resume (rank 0): set a best adapter aside that is of a validation which the checkpoint does not know.
+
+        Training goes on from before it. Where it comes out the same, that validation writes it again; where it does
+        not, ``best/`` would be no adapter of this training.
+        """
+        for job in self._jobs.values():
+            best = self.folder / job.name / "best"
+            try:
+                step = json.loads((best / EVAL_FILE).read_text())["step"]
+                if step in dict(job.evals):
+                    continue
+                aside = best.with_name(f"best_step_{step}")
+                shutil.rmtree(aside, ignore_errors=True)
+                best.rename(aside)
+            except (OSError, ValueError, KeyError, TypeError):  # there is none, or none that says what it is
+                continue
+            self._note(f"{job.name}: {best} is of step {step}, which is trained again: kept as {aside.name}")
+            self.evals(job)
 
     def evals(self, job: Job) -> None:
         """Write the validation losses of a job."""
@@ -140,7 +174,8 @@ class CheckpointWriter:
                     record |= {"status": "stopped", "reason": "its gradient was not finite"}
             jobs.append({**record, "counters": asdict(known) if known else None})
         shape, events = dict(where.shape), list(where.events)
-        return {"window": where.window, "events": events, "inside": inside, "shape": shape, "jobs": jobs}
+        manifest = {"window": where.window, "events": events, "inside": inside, "shape": shape, "jobs": jobs}
+        return manifest if self._base is None else manifest | {"base": self._base}
 
 
 def _drop_old_steps(folder: Path, keep: int, mine: Collection[int]) -> None:

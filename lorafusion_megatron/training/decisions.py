@@ -14,7 +14,7 @@ from ..mcore.parallel import Groups
 from ..models.files import flush
 from .checks import check_apart
 from .jobs import Job
-from .lifecycle import Inbox
+from .lifecycle import OPERATIONS, Inbox
 from .new_jobs import NewJobs, check_room
 from .rack import AdapterRack
 from .resume import ADAPTER_FILES, lies_in_run
@@ -76,6 +76,9 @@ class Decisions:
                 self._note(f"{job.name} joins: {job.num_steps} steps")
             return
         job = next(job for job in self._roster.jobs.values() if job.name == event["name"])
+        if job.status not in OPERATIONS[event["op"]]:  # it was added in the same breath, and could not be
+            self._note(f"{event['op']} of {job.name} is left out: it is {job.status}")
+            return
         if event["op"] == "resume":
             self._roster.resume(job)
         else:

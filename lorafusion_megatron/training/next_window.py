@@ -8,7 +8,7 @@ from ..types import GlobalBatch, Schedule
 from .jobs import Job
 from .roster import Roster
 from .setup import Prepared
-from .windows import window_shares
+from .windows import least_tokens, window_shares
 
 
 class NextWindow:
@@ -67,7 +67,9 @@ class NextWindow:
         remaining, tokens = self._remaining(applied)
         jobs = {index: self._roster.jobs[index] for index in remaining}
         until_eval = {index: job.config.eval.steps_until_next(applied[index]) for index, job in jobs.items()}
-        shares = window_shares(remaining, tokens, self._window_tokens, until_eval)
+        shares = window_shares(
+            remaining, tokens, self._window_tokens, until_eval, least_tokens(self._prepared.plan_options)
+        )
         out = []
         for index, job in jobs.items():
             assert job.source is not None

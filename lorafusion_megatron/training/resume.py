@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.build import Builder
-from ..config.job import JobConfig
+from ..config.job import RESERVED_START, JobConfig
 from ..config.run import RunConfig
 from ..errors import UserError
 from ..mcore.parallel import Groups
@@ -76,6 +76,7 @@ def find_resume(
     shape: Mapping[str, Any],
     note: Callable[[str], None],
     *,
+    base: str | None = None,
     source: Path | None = None,
 ) -> Resumed:
     """Find where to begin; rank 0 looks, every rank gets the same.
@@ -86,11 +87,12 @@ def find_resume(
         groups: this rank's groups.
         shape: what this run's schedules are made for.
         note: told what is passed over and what is taken.
+        base: `weights_fingerprint` of the base model (rank 0).
         source: state folder to begin from; None: the run's own, where it resumes.
 
     Raises:
-        UserError: a job of the checkpoint has another adapter in the run file, the base model another shape, or there
-            are checkpoints but none that can be read.
+        UserError: a job of the checkpoint has another adapter in the run file, the base model another shape or other
+            weights, or there are checkpoints but none that can be read.
     """
     found = groups.broadcast(_look(run, note, source) if groups.is_first else None)
     if isinstance(found, UserError):
@@ -103,6 +105,8 @@ def find_resume(
     for index, record in enumerate(records.values()):
         if record["counters"]:
             _check_factors(path, merged.adapter_spec(index), spec)
+    if groups.broadcast(base is not None and manifest.get("base", base) != base):
+        raise _other_base(f"{run.base_model.path} holds other weights", "must be the one that the adapters began with")
     inside, window = manifest["inside"], manifest["window"]
     fits = inside and dict(manifest["shape"]) == dict(shape)
     steps = ", ".join(f"{name} {record['applied']}/{record['num_steps']}" for name, record in records.items())
@@ -259,8 +263,14 @@ def _move_aside(run: RunConfig, note: Callable[[str], None]) -> None:
     outputs = [folder / name for name in RUN_OUTPUTS]
     if run.checkpoint.resume == "never":  # else they are accepted requests of a run that no checkpoint holds yet
         outputs.append(folder / "events.jsonl")
-    for job in run.jobs:
-        outputs += [folder / job.name / name for name in JOB_OUTPUTS] + sorted((folder / job.name).glob("step_*"))
+    # Jobs that were added, or have left the run file since, have results there too.
+    others = {
+        losses.parent.name
+        for losses in folder.glob("*/losses.json")
+        if not losses.parent.name.startswith(RESERVED_START)
+    }
+    for name in dict.fromkeys([*(job.name for job in run.jobs), *sorted(others)]):
+        outputs += [folder / name / output for output in JOB_OUTPUTS] + sorted((folder / name).glob("*step_*"))
     there = [path for path in outputs if path.exists() and (path.is_file() or any(path.iterdir()))]
     moving = [path for path in there if not any(_is_part(path.resolve(), start) for start in starts)]
     if not moving:

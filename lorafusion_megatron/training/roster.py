@@ -82,7 +82,7 @@ class Roster:
         job.status, job.reason = "running", ""
 
     def still_plans(self, schedule: Schedule) -> bool:
-        """Whether what is left of a window (`trim_schedule`) is still that of the jobs' data, order and length.
+        """Whether what is left of a window (`trim_schedule`) is still of the jobs' data, order, length and validations.
 
         Samples of steps that are done are in it too, since they run again beside the others.
         """
@@ -98,6 +98,10 @@ class Roster:
             now = set(job.source.batch(step).samples)
             return samples <= now if step <= job.applied else samples == now
 
+        for index, step in planned:  # the interval of its validations may have changed
+            job = self.jobs[index]
+            if step > job.applied + job.config.eval.steps_until_next(job.applied):
+                return False
         return all(is_step(self.jobs[index], step, samples) for (index, step), samples in planned.items())
 
     def _mount(self, job: Job, trouble: str | None, resumed: Resumed | None) -> None:

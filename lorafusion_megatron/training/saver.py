@@ -60,6 +60,8 @@ class SaveItem:
     """Of a cut."""
     best: bool = False
     """Whether this adapter has the best validation loss of its job so far."""
+    keep: bool = True
+    """Whether this adapter is one of the kept steps too, where the run keeps some."""
     got: dict[int, tuple[AdapterShard, StepSnapshot]] = field(default_factory=dict)
     ready: threading.Event = field(default_factory=threading.Event)
     dropped: bool = False
@@ -120,7 +122,7 @@ class Saver:
 
     Args:
         groups: this rank's groups.
-        write_adapter: rank 0: (job, step, whole factors, whether it is the best one).
+        write_adapter: rank 0: (job, step, whole factors, whether it is the best one, whether its step is kept).
         write_state: every rank: walks through a checkpoint's jobs; rank 0 writes.
     """
 
@@ -128,7 +130,7 @@ class Saver:
         self,
         groups: Groups,
         *,
-        write_adapter: Callable[[int, int, Factors, bool], None],
+        write_adapter: Callable[[int, int, Factors, bool, bool], None],
         write_state: Callable[["StateItem"], None],
     ) -> None:
         self._gatherer = FactorGatherer(groups)
@@ -235,7 +237,7 @@ class Saver:
         shard, snapshot = item.got[job]
         factors = self._gatherer.adapter(shard)(snapshot.master, snapshot.ready)
         if factors is not None:
-            self._write_adapter(job, step, factors, item.best)
+            self._write_adapter(job, step, factors, item.best, item.keep)
 
 
 def _drop(item: SaveItem) -> None:

@@ -12,6 +12,8 @@ from ..errors import UserError
 from .sequences import checkpoint_folder, sequences
 
 SPARKS = "▁▂▃▄▅▆▇█"
+PAUSE = 20
+"""A step that took this many times the mean of the quicker ones was a pause: a requeue, not the run's rate."""
 
 
 @dataclass(kw_only=True)
@@ -29,11 +31,14 @@ class JobStatus:
     """When each step of ``losses`` was applied, seconds since 1970."""
 
     def eta_seconds(self) -> float | None:
-        """Time left at the rate of the last 50 steps; None where that can't be told."""
-        recent = self.times[-50:]
-        if self.status != "running" or len(recent) < 2 or recent[-1] <= recent[0]:
+        """Time left at the rate of the last 50 steps without the pauses; None where that can't be told."""
+        # The mean and not the median: a job that shares its windows has steps in bursts, with waits between them.
+        gaps = sorted(later - earlier for earlier, later in pairwise(self.times[-50:]) if later >= earlier)
+        while len(gaps) > 1 and gaps[-1] > PAUSE * (sum(gaps[:-1]) / (len(gaps) - 1)) > 0:
+            gaps.pop()
+        if self.status != "running" or sum(gaps) <= 0:
             return None
-        return (self.num_steps - self.step) * (recent[-1] - recent[0]) / (len(recent) - 1)
+        return (self.num_steps - self.step) * sum(gaps) / len(gaps)
 
 
 @dataclass(kw_only=True)

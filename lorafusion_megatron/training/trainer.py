@@ -1,5 +1,6 @@
 """The loop: decide, validate, plan a window, run it through Megatron's schedule, save on the side."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ from ..mcore.parallel import Groups
 from ..mcore.rehearsal import rehearse
 from ..mcore.stop import StopVote, anyone
 from ..mcore.stream import StreamRunner
+from ..models.checkpoint import check_base_weights, weights_fingerprint
 from ..scheduler.trim import trim_schedule
 from ..types import Schedule, StepReport
 from .batches import BatchMaker
@@ -78,11 +80,14 @@ class Trainer:
         self._rehearsed = False
         self._unsaved_steps = 0
         """Steps of all jobs since the last checkpoint."""
-        resumed = find_resume(prepared.run, prepared.spec, groups, self._shape(), progress.note, source=resume_from)
+        base = self._first(lambda: weights_fingerprint(check_base_weights(prepared.run.base_model.path, prepared.spec)))
+        resumed = find_resume(
+            prepared.run, prepared.spec, groups, self._shape(), progress.note, base=base, source=resume_from
+        )
         self.window, self._left = resumed.window, resumed.schedule
         self.roster = Roster(prepared, groups, self.rack, resumed, progress.note)
         if self._left is not None and not self.roster.still_plans(self._rest(self._left)):
-            progress.note("data, order or length of a job changed: the rest of its window is planned anew")
+            progress.note("data, order, length or validations of a job changed: the rest of its window is planned anew")
             self.window, self._left = self.window + 1, None
         self.loggers: Loggers | None = self._first(
             lambda: Loggers(self.run, resumed=resumed.path is not None, note=progress.note)
@@ -106,12 +111,15 @@ class Trainer:
             self.roster.adapter_spec,
             prepared.spec,
             self.run.base_model.path,
+            base=base,
             keep=self.run.checkpoint.keep,
             keep_steps=self.run.checkpoint.save_interval is not None,
             is_first=groups.is_first,
             note=progress.note,
         )
         self.writer.last_state = str(resumed.path) if resumed.path else None
+        if resumed.path is not None and groups.is_first:
+            self.writer.roll_back()
         self.saver = Saver(groups, write_adapter=self.writer.adapter, write_state=self.writer.state)
         self.decisions = Decisions(prepared, groups, self.roster, self.rack, self.inbox, self.saver, progress.note)
         self.next_window = NextWindow(prepared, groups, self.roster, progress.note)
@@ -183,6 +191,7 @@ class Trainer:
             self.report.left_over(self.inbox.unanswered() if self.groups.is_first else [])
         self.checkpoint()
         self.unsaved_state = self.groups.broadcast(self.writer.state_failed)
+        self._write_adapters([job for job in self.jobs.values() if job.slot is not None and job.applied], keep=False)
         self.saver.finish()
         self._close(not complete or bool(self.unsaved))
 
@@ -293,15 +302,19 @@ class Trainer:
         if not ended:
             return False
         self.saver.drain()
-        unwritten = self.groups.broadcast([job.index for job in ended if not self.writer.has_last(job)])
-        self._save([SaveItem(wants={index: self.jobs[index].applied}) for index in unwritten])
-        self.saver.drain()
+        self._write_adapters(ended)
         self.unsaved = self.groups.broadcast([job.name for job in ended if not self.writer.has_last(job)])
         for job in ended:
             if job.name not in self.unsaved:
                 self.rack.unmount(job)
                 job.let_go()
         return True
+
+    def _write_adapters(self, jobs: list[Job], *, keep: bool = True) -> None:
+        """Write the adapters of jobs as they are now, where their newest step has none yet; the saver is idle."""
+        unwritten = self.groups.broadcast([job.index for job in jobs if not self.writer.has_last(job)])
+        self._save([SaveItem(wants={index: self.jobs[index].applied}, keep=keep) for index in unwritten])
+        self.saver.drain()
 
     # ------------------------------------------------------------------ steps
 
@@ -338,7 +351,7 @@ class Trainer:
         for index, loss in losses.items():
             job = self.jobs[index]
             job.evals.append((job.applied, loss))
-            is_best = job.best_eval() == (job.applied, loss)
+            is_best = job.best_eval() == (job.applied, loss) and math.isfinite(loss)
             self.progress.note(
                 f"{job.name} step {job.applied}: validation loss {loss:.4f}{' (best)' if is_best else ''}"
             )

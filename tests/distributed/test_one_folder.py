@@ -45,8 +45,9 @@ def test_a_second_run_in_the_folder_of_a_running_one_is_refused_and_leaves_it_al
         ({"hidden_size": 48, "num_attention_heads": 4, "head_dim": 8}, "the base model makes it [4, 48]"),
         ({"num_hidden_layers": 6}, "of layer 4 in"),
         ({"num_hidden_layers": 2}, "the base model has "),
+        ({"seed": 7}, "holds other weights; the base model must be the one that the adapters began with"),
     ],
-    ids=["other width", "more layers", "fewer layers"],
+    ids=["other width", "more layers", "fewer layers", "other weights"],
 )
 def test_a_checkpoint_of_another_base_model_is_one_line_on_one_rank(tmp_path, change, words):
     run_file, out = make(tmp_path, steps=400), tmp_path / "out"
@@ -71,6 +72,7 @@ def test_a_run_that_begins_anew_moves_an_older_ones_results_aside_but_not_what_a
     run_file.write_text(yaml.safe_dump(run))
     launch.train(run_file, "checkpoint.save_interval=2", "checkpoint.keep=2")
     (out / "a" / "notes.txt").write_text("the user's own")
+    shutil.copytree(out / "a", out / "left")  # a job that had been added, or has left the run file
     old = {path.relative_to(out) for path in out.rglob("*") if path.is_file()}
     del run["jobs"][0]["eval"]
     run["jobs"][0]["train"] |= {"train_iters": 2}
@@ -84,6 +86,8 @@ def test_a_run_that_begins_anew_moves_an_older_ones_results_aside_but_not_what_a
     assert moved <= set(map(str, old))
     assert not {"b/adapter_model.safetensors", "b/adapter_config.json", "a/notes.txt", "run.lock"} & moved
     assert not (out / "a" / "best").exists()
+    assert {path.name for path in (out / "left").iterdir()} == {"notes.txt"}
+    assert (aside / "left" / "best" / "adapter_model.safetensors").is_file()
     assert (out / "a" / "notes.txt").exists()
     assert len(json.loads((out / "a" / "losses.json").read_text())) == 2
     assert statuses(out) == {"a": "finished", "b": "finished"}

@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
+from lorafusion_megatron.cli.main import main
 from lorafusion_megatron.config.job import RESERVED
 from lorafusion_megatron.training.signals import EXIT_STOPPED
 from tests import launch, tiny
@@ -219,3 +221,27 @@ def test_a_done_step_without_a_finite_loss_does_not_spoil_the_next_one_when_it_r
             assert tiny.same_bits(tiny.adapter(out, name), tiny.adapter(tmp_path / "wanted", name)), name
             assert tiny.losses(out, name) == tiny.losses(tmp_path / "wanted", name), name
     assert again_run, "no stop fell where a done step runs again"
+
+
+@pytest.mark.parametrize("words", [(), ("checkpoint.save_interval=50",)], ids=["at the end", "by interval"])
+def test_a_stop_leaves_the_adapters_as_they_are_then(tmp_path, words):
+    """They can be exported, merged and looked at, and are not among the kept steps."""
+    run_file, out = tiny.tiny_run(tmp_path, max_window_microbatches=6), tmp_path / "out"
+    words = (str(run_file), *words, *(f"jobs.{name}.train.train_iters=400" for name in ("first", "second")))
+    ranks = launch.Ranks(launch.command, (["train", *words],), world=1, folder=tmp_path / "logs")
+    wait_for_lines(out, 20)
+    os.kill(ranks.processes[0].pid, signal.SIGTERM)
+    assert ranks.wait(60.0).statuses == (EXIT_STOPPED,)
+    state = max((out / "state").iterdir())
+    for job in json.loads((state / "manifest.json").read_text())["jobs"]:
+        assert job["applied"] % 50
+        assert len(tiny.losses(out, job["name"])) == job["applied"]
+        assert not (out / job["name"] / f"step_{job['applied']}").exists()
+        masters = load_file(state / f"{job['name']}.safetensors")
+        kept = sorted(value.double().norm().item() for value in tiny.adapter(out, job["name"]).values())
+        held = sorted(value.double().norm().item() for name, value in masters.items() if "master" in name)
+        assert kept == pytest.approx(held, rel=1e-2), "masters are not rounded to the model's type"
+    assert main(["job", "cancel", str(out), "first"]) == 0
+    launch.train(*words)
+    jobs = json.loads((out / "status.json").read_text())["jobs"]
+    assert {job["name"]: job["status"] for job in jobs} == {"first": "cancelled", "second": "finished"}

@@ -111,6 +111,7 @@ def test_replicas_share_the_work(case: Case, capsys: pytest.CaptureFixture[str])
         ('{"first": [1], "second": []}', "the lengths of second; they are whole numbers from 1"),
         ('{"first": [1], "second": [0]}', "the lengths of second; they are whole numbers from 1"),
         ('{"first": [1], "second": [true]}', "the lengths of second"),
+        ('{"first": [1], "second": [1], "first": [2]}', "can't be read (key 'first' comes twice)"),
         ('{"first": [1, 65], "second": [1]}', "a sample of 65 tokens in first; a microbatch holds 64 tokens"),
     ],
 )
@@ -145,6 +146,26 @@ def test_bad_arguments_end_in_one_line(
     assert out == ""
     assert message in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("rate", ["1e308", "1" + "0" * 400], ids=["1e308", "10**400"])
+def test_a_cost_model_of_absurd_rates_is_one_line(case: Case, capsys: pytest.CaptureFixture[str], rate: str) -> None:
+    file = case.folder / "cost.json"
+    file.write_text(f'{{"forward": {{"layer_token": {rate}}}, "backward": {{"layer_token": {rate}}}}}')
+    assert main(["plan", str(case.write()), "--cost-model", str(file)]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "--cost-model: " in err
+    assert "forward.layer_token is 1" in err
+
+
+@pytest.mark.parametrize("rate", ["1e-18", "1e6"])
+def test_the_smallest_and_the_largest_rates_make_a_plan(
+    case: Case, capsys: pytest.CaptureFixture[str], rate: str
+) -> None:
+    file = case.folder / "cost.json"
+    file.write_text(f'{{"forward": {{"layer_square": {rate}}}, "backward": {{"layer_token": {rate}}}}}')
+    plan(case, capsys, "--cost-model", str(file), "model.pipeline_model_parallel_size=2")
 
 
 @pytest.mark.parametrize("option", ["--gantt", "--trace"])

@@ -3,8 +3,10 @@ tests/distributed/slurm)."""
 
 import os
 import re
+import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -249,7 +251,8 @@ def test_a_run_that_ends_well_in_spite_of_the_warning_is_done(bench: Bench, run_
         (("--nodes", "2", "--gpus-per-node", "1", "--time", "2:30"), r"--time: 2:30 \(150 s\); .* 180 s before"),
         (("--nodes", "2", "--gpus-per-node", "1", "--time", "3"), r"--time: 3 \(180 s\)"),
         (("--nodes", "2", "--gpus-per-node", "1", "--python", "python3\nrm -rf x"), r"single lines"),
-        (("--nodes", "2", "--gpus-per-node", "1", "--job-name", 'a"b'), r"--sbatch: .*without quotes"),
+        (("--nodes", "2", "--gpus-per-node", "1", "--job-name", 'a"b'), r"--sbatch: .*without double quotes"),
+        (("--nodes", "2", "--gpus-per-node", "1", '--sbatch=--comment="a b"'), r"--sbatch: .*without double quotes"),
         (("--nodes", "2", "--gpus-per-node", "1", "--partition", ""), r"--sbatch: got '--partition='"),
         (("--nodes", "2", "--gpus-per-node", "1", "--sbatch=mem=0"), r"--sbatch: got 'mem=0'"),
         (("--nodes", "2", "--gpus-per-node", "1", "--warn-seconds", "70000"), r"--warn-seconds: got 70000"),
@@ -303,3 +306,94 @@ def test_blanks_in_values_are_quoted_as_sbatch_reads_them(run_file: Path, capsys
     assert '#SBATCH --comment="hello big world"' in lines
     assert "#SBATCH -x node1" in lines
     assert "#SBATCH --exclusive" in lines
+
+
+@pytest.mark.parametrize(
+    ("option", "directive"),
+    [
+        ("--comment=it's", """--comment="it's\""""),
+        ("--comment=a#b", '--comment="a#b"'),
+        ("--comment two words", '--comment="two words"'),
+        ("--comment  a=b c", '--comment="a=b c"'),
+        ("--comment=é;$x", '--comment="é;$x"'),
+        ("-J run#2", '-J "run#2"'),
+        ("--mem 0", "--mem 0"),
+        ("--exclusive", "--exclusive"),
+        ("--gres=gpu:8", "--gres=gpu:8"),
+        ("--constraint=[(a|b)*2&c]", "--constraint=[(a|b)*2&c]"),
+        ("--array=0-3%2,7", "--array=0-3%2,7"),
+    ],
+)
+def test_values_that_sbatch_would_cut_or_refuse_are_quoted_and_others_left(
+    option: str, directive: str, run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--nodes", "2", "--gpus-per-node", "1", "--job-name", "run#2", f"--sbatch={option}", "--output", "-")
+    assert main(["slurm", str(run_file), *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert '#SBATCH --job-name="run#2"' in lines
+    assert f"#SBATCH {directive}" in lines
+
+
+def test_only_a_script_of_this_command_is_replaced(
+    tmp_path: Path, run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    notes, pipe, link = tmp_path / "notes.sh", tmp_path / "pipe", tmp_path / "link.yaml"
+    notes.write_text("#!/usr/bin/env bash\n# mine\n")
+    os.mkfifo(pipe)
+    link.symlink_to(run_file)
+    before = run_file.read_text()
+    for path, reason in (
+        (run_file, "is the run file"),
+        (link, "is the run file"),
+        (notes, "is no script of this command"),
+        (pipe, "is no file"),
+        (tmp_path, "is no file"),
+    ):
+        assert main(["slurm", str(run_file), *CPU, "--output", str(path)]) == 2
+        out, error = capsys.readouterr()
+        assert (out, error.count("\n")) == ("", 1)
+        assert f"--output: {path} " in error
+        assert reason in error
+    assert run_file.read_text() == before
+    assert notes.read_text() == "#!/usr/bin/env bash\n# mine\n"
+
+
+def test_a_script_that_was_written_before_is_replaced_whole(
+    tmp_path: Path, run_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "scripts"
+    folder.mkdir()
+    link = folder / "link"
+    link.symlink_to("train.sbatch")
+    script = written(folder, run_file, *CPU)
+    assert main(["slurm", str(run_file), *CPU, "--job-name", "second", "--output", str(link)]) == 0
+    second = script.read_text()
+    assert "--job-name=second\n" in second
+    assert link.is_symlink()
+    assert os.access(script, os.X_OK)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    assert main(["slurm", str(run_file), *CPU, "--output", str(script)]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert script.read_text() == second
+    assert sorted(path.name for path in folder.iterdir()) == ["link", "train.sbatch"]
+
+
+def test_names_and_commands_that_are_not_utf8_arrive_as_they_were(bench: Bench, run_file: Path) -> None:
+    odd = run_file.with_name("r\udcff.yaml")
+    run_file.rename(odd)
+    path = bench.folder / "sp ace\udcff.sh"
+    shape = (*CPU, "--python", "fakepython", "--setup", "NOTE=$'a\udcff'; export NOTE")
+    command = [sys.executable, "-m", "lorafusion_megatron.cli.main", "slurm", str(odd), *shape, "--output"]
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}  # Python escapes by itself in the C locale
+    done = subprocess.run([*command, str(path)], capture_output=True, env=environment, cwd=generate.ROOT)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.endswith(b"submit it with: sbatch " + os.fsencode(shlex.quote(str(path))) + b"\n")
+    assert bench.start(path).wait(20) == 0
+    assert (bench.folder / "arguments").read_bytes().splitlines()[-1] == os.fsencode(odd)
+    assert b"NOTE=a\xff" in (bench.folder / "environment").read_bytes().splitlines()
+    shown = subprocess.run([*command, "-"], capture_output=True, env=environment, cwd=generate.ROOT)
+    assert (shown.returncode, shown.stdout) == (0, path.read_bytes())

@@ -1,5 +1,6 @@
 """Taking the latest adapter or a kept step out of a run's folder."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from lorafusion_megatron.errors import UserError
+from lorafusion_megatron.models import export
 from lorafusion_megatron.models.adapter import read_adapter, write_adapter
 from lorafusion_megatron.models.config import read_model_spec
 from lorafusion_megatron.models.export import export_adapter
@@ -43,6 +45,26 @@ def test_the_asked_step_comes_out_whole(run_dir: Path, tmp_path: Path, step: int
 def test_a_base_model_that_is_elsewhere_is_said(run_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "base").rename(tmp_path / "moved")
     assert not export_adapter(run_dir, "a", tmp_path / "out")
+    read_adapter(tmp_path / "out")
+
+
+def test_a_base_model_that_is_an_empty_mount_point_is_one_that_is_elsewhere(run_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "base").rename(tmp_path / "moved")
+    (tmp_path / "base").mkdir()
+    assert not export_adapter(run_dir, "a", tmp_path / "out")
+    read_adapter(tmp_path / "out")
+
+
+def test_a_step_that_the_run_drops_once_it_is_read_comes_out_whole(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_and_drop(folder: Path, *, key: str) -> object:
+        found = read_adapter(folder, key=key)
+        shutil.rmtree(folder)
+        return found
+
+    monkeypatch.setattr(export, "read_adapter", read_and_drop)
+    assert export_adapter(run_dir, "a", tmp_path / "out", step=5)
     read_adapter(tmp_path / "out")
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from lorafusion_megatron.errors import UserError
 from lorafusion_megatron.models import load
+from lorafusion_megatron.models.checkpoint import check_base_weights, weights_fingerprint
 from lorafusion_megatron.models.config import read_model_spec
 from lorafusion_megatron.models.load import load_base_weights
 from tests.unit.models.conftest import FAMILIES, SaveModel, biases
@@ -162,6 +163,7 @@ def test_a_rank_reads_its_share_and_no_more(save_model: SaveModel, monkeypatch: 
 
 PEAK = """
 import sys, torch
+from lorafusion_megatron.models.checkpoint import check_base_weights, weights_fingerprint
 from lorafusion_megatron.models.config import read_model_spec
 from lorafusion_megatron.models.load import load_base_weights
 torch.set_num_threads(1)
@@ -270,8 +272,35 @@ def test_parameters_that_the_model_does_not_have_raise(
 
 def test_old_rotary_buffers_and_a_stored_tied_head_are_passed_over(save_model: SaveModel) -> None:
     folder = save_model("llama", tie_word_embeddings=True)
-    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5), "lm_head.weight": torch.ones(250, 48)}
+    head = hf_state(folder)["model.embed_tokens.weight"].clone()
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5), "lm_head.weight": head}
     rewrite(folder, lambda tensors: tensors.update(extra))
     got = {"output_layer.weight": torch.empty(250, 48)}
     load_base_weights(folder, read_model_spec(folder), got, tp_rank=0, tp_size=1)
     assert torch.equal(got["output_layer.weight"], hf_state(folder)["model.embed_tokens.weight"])
+
+
+def test_a_tied_head_that_is_not_the_embedding_is_refused(save_model: SaveModel) -> None:
+    folder = save_model("llama", tie_word_embeddings=True)
+    head = hf_state(folder)["model.embed_tokens.weight"] + 1
+    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": head}))
+    with pytest.raises(UserError, match=r"lm_head\.weight in .* differs from the embedding; .* ties"):
+        check_base_weights(folder, read_model_spec(folder))
+
+
+def test_a_fingerprint_tells_weights_and_not_files_apart(save_model: SaveModel) -> None:
+    folder = save_model("llama")
+    spec = read_model_spec(folder)
+    first = weights_fingerprint(check_base_weights(folder, spec))
+    tensors = dict(sorted(hf_state(folder).items()))
+    half = len(tensors) // 2
+    names = [dict(list(tensors.items())[:half]), dict(list(tensors.items())[half:])]
+    (folder / "model.safetensors").unlink()
+    for number, part in enumerate(names):
+        save_file(part, folder / f"part{number}.safetensors")
+    weight_map = {name: f"part{number}.safetensors" for number, part in enumerate(names) for name in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert weights_fingerprint(check_base_weights(folder, spec)) == first
+    names[0][next(iter(names[0]))].view(-1)[-1] += 1
+    save_file(names[0], folder / "part0.safetensors")
+    assert weights_fingerprint(check_base_weights(folder, spec)) != first

@@ -199,6 +199,24 @@ def test_wrong_input_is_an_error_and_writes_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "LICENSE", "additional_chat_templates", "additional_chat_templates/tools.jinja"]
+)
+def test_a_file_beside_the_weights_that_is_a_link_to_nowhere_is_an_error(
+    save_model: SaveModel, tmp_path: Path, name: str
+) -> None:
+    base = save_model("llama")
+    save_adapter(tmp_path / "adapter", base)
+    (base / "weights.json").mkdir()  # no file at all, and left out
+    (base / "pytorch_model.bin").symlink_to("nowhere")  # left out as well
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "whole")
+    (base / name).parent.mkdir(exist_ok=True)
+    (base / name).symlink_to("nowhere")
+    with pytest.raises(UserError, match=rf"--base: .*{name} can't be read \(No such file or directory\)"):
+        merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_too_little_space_is_an_error(save_model: SaveModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = save_model("llama")
     save_adapter(tmp_path / "adapter", base)

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -76,6 +77,14 @@ def test_fit_of_noisy_times_predicts_and_is_never_negative() -> None:
         )
 
 
+def test_a_fitted_rate_that_is_too_small_to_count_is_none() -> None:
+    rows = [replace(row, seconds=row.seconds * 1e-9) for row in measurements(0.0)]
+    fitted = fit_cost_model(rows)
+    fitted.check()
+    assert fitted.forward.layer_square == 0, "3e-20 seconds"
+    assert fitted.forward.layer_token == pytest.approx(2e-16, rel=1e-3)
+
+
 def test_fit_needs_enough_rows() -> None:
     with pytest.raises(ValueError, match="can't fit 5 rates"):
         fit_cost_model(measurements(0.0)[:6])
@@ -95,7 +104,16 @@ def test_a_broken_saved_model_is_refused(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("rate", "value"),
-    [("layer_token", "NaN"), ("fixed", "Infinity"), ("layer_square", "-1e-9"), ("fixed", '"a"'), ("fixed", "true")],
+    [
+        ("layer_token", "NaN"),
+        ("fixed", "Infinity"),
+        ("layer_square", "-1e-9"),
+        ("fixed", '"a"'),
+        ("fixed", "true"),
+        ("layer_token", "1e308"),
+        ("layer_token", "1e-300"),
+        pytest.param("fixed", "1" + "0" * 400, id="10**400"),
+    ],
 )
 def test_rates_that_are_no_seconds_are_refused(tmp_path: Path, rate: str, value: str) -> None:
     COST.save(tmp_path / "cost.json")
@@ -105,6 +123,7 @@ def test_rates_that_are_no_seconds_are_refused(tmp_path: Path, rate: str, value:
     with pytest.raises(UserError, match=f"backward.{rate}") as refused:
         CostModel.load(tmp_path / "cost.json", key="runtime.cost_model")
     assert refused.value.key == "runtime.cost_model"
+    assert len(refused.value.given) < len(str(tmp_path)) + 150
 
 
 @pytest.mark.parametrize("text", ['{"forward": {}, "backward": {}}', "[" * 100_000], ids=["nothing", "deep"])

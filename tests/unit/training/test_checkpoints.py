@@ -1,6 +1,7 @@
 """What is told, and let go of, when a checkpoint can't be written or an old one not removed."""
 
 import gc
+import json
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -125,3 +126,26 @@ def test_a_full_disk_is_told_with_the_last_whole_checkpoint_and_keeps_no_copy(wr
         f"the run goes on, the last whole one is {kept}"
     ]
     assert [path.name for path in kept.parent.iterdir()] == [kept.name]
+
+
+def test_a_best_adapter_that_a_resume_does_not_know_is_set_aside_until_it_is_found_again(
+    writer, notes, job, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(checkpoints, "to_peft", lambda factors, model: {})
+    monkeypatch.setattr(checkpoints, "write_adapter", lambda folder, *_: folder.mkdir(parents=True, exist_ok=True))
+    best, aside = tmp_path / "a" / "best", tmp_path / "a" / "best_step_3"
+    job.evals[:] = [(2, 0.5), (3, 0.25)]
+    writer.adapter(0, 3, {}, True)
+    assert json.loads((best / "eval.json").read_text()) == {"step": 3, "loss": 0.25}
+    writer.roll_back()
+    assert best.is_dir(), "this training has it"
+    job.evals[:] = [(2, 0.5)]
+    writer.roll_back()
+    assert aside.is_dir()
+    assert not best.exists()
+    assert notes == [f"a: {best} is of step 3, which is trained again: kept as best_step_3"]
+    assert json.loads((tmp_path / "a" / "evals.json").read_text()) == [{"step": 2, "loss": 0.5}]
+    job.evals.append((3, 0.25))
+    writer.adapter(0, 3, {}, True)
+    assert best.is_dir()
+    assert not aside.exists()

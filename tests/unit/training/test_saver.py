@@ -28,7 +28,7 @@ class _Written:
         self.steps = AdapterSteps(0, OneFactor(), RULE, SimpleNamespace(tp_size=1))
         self.steps.optimizer.step()
 
-    def _adapter(self, job, step, factors, best):
+    def _adapter(self, job, step, factors, best, keep=True):
         self.adapters.append((job, step, best, factors))
 
     def _state(self, item):

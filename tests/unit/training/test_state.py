@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 
 import pytest
@@ -280,7 +281,15 @@ def test_jobs_advance_in_proportion_and_end_together():
     assert shares == {0: 20, 1: 10, 2: 1}
     assert window_shares({0: 3}, {0: 10.0}, 1e9) == {0: 3}
     assert window_shares({0: 3, 1: 900}, {0: 1e9, 1: 1.0}, 1.0) == {0: 1, 1: 1}
-    assert window_shares({0: 3, 1: 9}, {0: 1.0, 1: 1.0}, 1e9, {0: 2, 1: float("inf")}) == {0: 2, 1: 9}
+    assert window_shares({0: 3, 1: 9}, {0: 1.0, 1: 1.0}, 1e9, {0: 2, 1: float("inf")}) == {0: 2, 1: 6}
+
+
+def test_a_job_that_is_validated_soon_holds_the_others_back():
+    tokens, ends = {0: 10.0, 1: 10.0}, {0: 5, 1: math.inf}
+    assert window_shares({0: 60, 1: 60}, tokens, 1e9, ends) == {0: 5, 1: 5}
+    assert window_shares({0: 60, 1: 60}, tokens, 1e9, ends, 400.0) == {0: 5, 1: 20}, "not for ever shorter windows"
+    assert window_shares({0: 60, 1: 60}, tokens, 1e9, ends, 1e9) == {0: 5, 1: 60}
+    assert window_shares({0: 60, 1: 60}, tokens, 80.0, ends) == {0: 4, 1: 4}
 
 
 def test_the_step_folders_that_were_written_last_are_kept(tmp_path):

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from lorafusion_megatron.config.build import Builder
 from lorafusion_megatron.config.job import JobConfig
 from lorafusion_megatron.config.yaml_reader import parse_yaml
 from lorafusion_megatron.errors import UserError
-from lorafusion_megatron.training.status import read_status, sparkline
+from lorafusion_megatron.training.status import JobStatus, read_status, sparkline
 
 
 @pytest.fixture
@@ -45,6 +46,27 @@ def test_the_status_says_steps_losses_eta_and_the_last_whole_checkpoint(run_dir)
     assert b.eta_seconds() is None
     assert status.last_checkpoint.endswith("00000002")
     assert status.bubble_share == 0.04
+
+
+@pytest.mark.parametrize(
+    ("gaps", "seconds"),
+    [
+        ([2.0] * 60, 2.0),
+        ([2.0] * 30 + [36000.0] + [2.0] * 10, 2.0),
+        ([2.0] * 30 + [36000.0] + [2.0] * 5 + [36000.0] + [2.0] * 5, 2.0),
+        ([2.0, 36000.0, 2.0], 2.0),
+        ([2.0] * 30 + [-3600.0] + [2.0] * 10, 2.0),
+        ([1.0, 1.0, 28.0] * 20, 10.0),  # bursts: three steps in each window that the job shares
+        ([0.0, 0.0, 3.0], 1.0),
+        ([0.0, 0.0], None),
+        ([], None),
+    ],
+)
+def test_the_eta_follows_the_rate_whatever_the_pauses(gaps, seconds):
+    times = list(accumulate(gaps, initial=1e9))
+    job = JobStatus(name="a", status="running", reason="", step=100, num_steps=200, times=times)
+    wanted = None if seconds is None else pytest.approx(100 * seconds, rel=0.05)
+    assert job.eta_seconds() == wanted
 
 
 def test_the_table_shows_every_job(run_dir, capsys):
@@ -203,6 +225,22 @@ def test_a_name_that_yaml_takes_for_a_number_is_asked_for_as_a_name(run_dir, cap
     assert (job.name, job.dataset.path) == ("12e5", Path("x").absolute())
 
 
+def test_relative_paths_with_a_brace_become_absolute_and_a_template_as_text_stays(run_dir):
+    file = run_dir / "job.yaml"
+    template = "{{ messages }}"
+    file.write_text(
+        "name: c\ndataset: {path: 'data/{x}.jsonl', chat_template: '" + template + "'}\n"
+        "eval: {path: 'data/{y}.jsonl', interval: 1}\npeft: {init_from: 'old/{z}'}\n"
+        "train: {global_batch_size: 1, train_iters: 1}\n"
+    )
+    assert main(["job", "add", str(run_dir), str(file)]) == 0
+    (request,) = (run_dir / "inbox").iterdir()
+    raw = json.loads(request.read_text())
+    assert raw["dataset"] == {"path": str(Path("data/{x}.jsonl").absolute()), "chat_template": template}
+    assert raw["eval"]["path"] == str(Path("data/{y}.jsonl").absolute())
+    assert raw["peft"]["init_from"] == str(Path("old/{z}").absolute())
+
+
 def test_an_inbox_that_is_a_file_is_one_line(run_dir, capsys):
     (run_dir / "inbox").touch()
     assert main(["job", "pause", str(run_dir), "a"]) == 2
@@ -217,3 +255,6 @@ def test_a_run_that_is_over_takes_no_request(run_dir, capsys):
     (run_dir / "status.json").write_text(json.dumps(status | {"state": "done"}))
     assert main(["job", "pause", str(run_dir), "a"]) == 2
     assert "is done" in capsys.readouterr().err
+    (run_dir / "status.json").write_text(json.dumps(status | {"state": "stopped"}))
+    assert main(["job", "pause", str(run_dir), "a"]) == 0
+    assert "is read when the same command is started again" in capsys.readouterr().out
