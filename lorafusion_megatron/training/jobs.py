@@ -64,7 +64,7 @@ class Job:
             return False
         if not (self.live or (self.status == "finished" and not self.reason)):
             return False
-        return (self.applied % every == 0 or self.applied == self.num_steps) and (
+        return (self.applied % every == 0 or self.applied >= self.num_steps) and (
             not self.evals or self.evals[-1][0] < self.applied
         )
 

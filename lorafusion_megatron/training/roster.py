@@ -114,9 +114,10 @@ class Roster:
         """
         counters = resumed.counters(job.index) if resumed else None
         if trouble is None:
+            asked_before = job.num_steps
             self._open(job)
             if counters is None and job.status == "finished":
-                _check_not_longer(job)
+                _check_not_longer(job, asked_before)
                 job.let_go()
                 return
             if job.status == "finished" and job.applied < job.num_steps and not job.reason:
@@ -296,9 +297,9 @@ def _tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _check_not_longer(job: Job) -> None:
-    """A job that ended has left the model; its moments are not kept."""
-    if job.num_steps > job.applied and not job.reason:
+def _check_not_longer(job: Job, asked_before: int) -> None:
+    """A job that ended has left the model, early too; its moments are not kept."""
+    if job.num_steps > (asked_before if job.reason else job.applied):
         raise UserError(
             f"{job.num_steps} steps for {job.name}, which ended after {job.applied}",
             rule="the optimizer's state of a job that ended is not kept",

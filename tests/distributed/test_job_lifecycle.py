@@ -324,6 +324,15 @@ def test_a_job_out_of_patience_ends_early_with_its_best_adapter_kept(tmp_path):
     assert "ends early" in finished.outputs[0]
     assert len(tiny.losses(out, "still")) == 3
     assert (out / "still" / "best" / "adapter_model.safetensors").is_file()
+    launch.train(tmp_path / "run.yaml")  # done
+    longer = launch.Ranks(
+        launch.command,
+        (["train", str(tmp_path / "run.yaml"), "jobs.still.train.train_iters=60"],),
+        world=1,
+        folder=tmp_path / "longer",
+    ).wait()
+    assert longer.statuses == (2,)
+    assert "60 steps for still, which ended after 3; " in longer.outputs[0]
 
 
 def train_on_a_full_disk(words: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,12 @@ def test_no_validation_has_no_best():
 )
 def test_patience_counts_from_the_best_finite_loss(losses, out):
     assert job(losses, patience=2).out_of_patience() is out
+
+
+def test_a_job_that_has_done_more_steps_than_it_is_asked_for_now_is_validated_once_more():
+    entry = job([3.0, 2.0])
+    entry.config = replace(entry.config, eval=replace(entry.config.eval, interval=30))
+    entry.num_steps, entry.applied, entry.status = 20, 41, "finished"
+    assert entry.eval_due()
+    entry.evals.append((41, 2.5))
+    assert not entry.eval_due()
