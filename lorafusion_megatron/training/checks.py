@@ -71,7 +71,8 @@ def check_dataset(
         key: the job's place, for messages; None: that in ``run.jobs``.
 
     Returns:
-        Notes: rows that train nothing, were cut, come more than once in a batch, or hold what nothing reads.
+        Notes: rows that train nothing, were cut, come more than once in a batch, or hold what nothing reads; a job
+            whose one step has the rate 0.
 
     Raises:
         UserError: a row is longer than a microbatch or than the model reaches, the job has too many
@@ -112,6 +113,11 @@ def check_dataset(
             notes.append(
                 f"{job.name}: a global batch of {job.train.global_batch_size} takes some of the {len(dataset)} rows "
                 "more than once"
+            )
+        if job.optimizer.lr > 0 and job.train.num_steps(len(dataset)) == 1 and job.lr_at(1, 1) == 0:
+            notes.append(
+                f"{job.name}: its one step trains nothing: {job.scheduler.lr_decay_style} decay ends at min_lr 0; "
+                "set scheduler.min_lr, or lr_decay_style: constant"
             )
     return notes
 

@@ -53,6 +53,15 @@ def test_what_the_chat_template_never_mentions_is_told_once(case: Case, capsys: 
     ]
 
 
+def test_a_job_of_one_step_whose_rate_is_zero_is_told(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    one_step = ("jobs.first.train.train_iters=1", "jobs.first.scheduler=null")
+    assert notes(case, capsys, *one_step) == []
+    cosine = "jobs.first.scheduler={lr_decay_style: cosine}"
+    assert notes(case, capsys, *one_step, cosine, "jobs.first.scheduler.min_lr=1e-5") == []
+    (note,) = notes(case, capsys, *one_step, cosine)
+    assert note.startswith("first: its one step trains nothing: cosine decay ends at min_lr 0")
+
+
 def test_a_batch_larger_than_the_data_set_is_told(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     assert notes(case, capsys, "jobs.second.train.global_batch_size=6", "jobs.second.scheduler=null") == [
         "second: a global batch of 6 takes some of the 5 rows more than once"
