@@ -89,7 +89,9 @@ def test_save_and_load_go_on_to_the_same_last_bit(case, tmp_path):
     assert "exiting program at iteration 1" in left.outputs[0]
     assert (tmp_path / "saved" / "latest_checkpointed_iteration.txt").read_text() == "1"
     assert json.loads((tmp_path / "first" / "status.json").read_text())["state"] == "stopped"
-    assert not (tmp_path / "first" / "job2").exists()
+    stopped, whole = (tiny.losses(tmp_path / out, "job2") for out in ("first", "whole"))
+    assert 0 < len(stopped) < len(whole), "its adapter is there as it was at the stop"
+    assert stopped == whole[: len(stopped)]
     load = ("--load", str(tmp_path / "saved"), *save)
     second = pretrain(SCRIPT, case.run_file, tmp_path / "second", *load, overrides=windows).check()
     assert f"resuming from {tmp_path / 'saved' / 'iter_0000001'}" in second.outputs[0]
