@@ -1,14 +1,11 @@
 """``slurm``: write the batch script that trains a run file on a SLURM cluster."""
 
 import argparse
-import contextlib
 import io
-import os
 import re
 import shlex
 import stat
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,6 +239,7 @@ def run(args: argparse.Namespace) -> int:
         UserError: the run file is not valid, its layout doesn't fit the processes, or an option is not valid.
     """
     from lorafusion_megatron.config import load_run
+    from lorafusion_megatron.training.output import replace_text
 
     job = job_from(args)
     run_config = load_run(args.run_file, args.overrides)
@@ -253,7 +251,7 @@ def run(args: argparse.Namespace) -> int:
     path = Path(args.output)
     try:
         _check_output(path, Path(args.run_file))
-        _replace(path, text)
+        replace_text(path.resolve(), text, mode=0o755)  # the file that a link names
     except OSError as error:
         raise UserError(
             f"{path} can't be written ({error.strerror})",
@@ -297,21 +295,6 @@ def _check_output(path: Path, run_file: Path) -> None:
         remedy="choose another file, or - for stdout",
         key="--output",
     )
-
-
-def _replace(path: Path, text: str) -> None:
-    """Replace a script atomically, or the file that a link names; nothing else is left where that fails."""
-    path = path.resolve()
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
-    try:
-        with open(handle, "w", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(text)
-        os.chmod(temporary, 0o755)
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
 
 
 def _print(text: str) -> None:

@@ -64,9 +64,10 @@ class CheckpointWriter:
         tensors = to_peft(factors, self._model)
         try:
             if best:
-                self._write_best(
-                    folder, step, dict(entry.evals), lambda to: write_adapter(to, spec, self._base_model, tensors)
-                )
+                (folder / "best" / EVAL_FILE).unlink(missing_ok=True)  # never beside another step's adapter
+                write_adapter(folder / "best", spec, self._base_model, tensors)
+                write_json(folder / "best" / EVAL_FILE, {"step": step, "loss": dict(entry.evals).get(step)})
+                shutil.rmtree(folder / f"best_step_{step}", ignore_errors=True)
                 return
             write_adapter(folder, spec, self._base_model, tensors)
             write_json(folder / "losses.json", entry.losses[:step])
@@ -82,13 +83,6 @@ class CheckpointWriter:
                 _drop_old_steps(folder, self._keep, self._kept[job])
             except OSError as error:
                 self._note(f"{entry.name}: an old adapter could not be removed ({error}); the run goes on")
-
-    def _write_best(self, folder: Path, step: int, losses: Mapping[int, float], write: Callable[[Path], None]) -> None:
-        best = folder / "best"
-        (best / EVAL_FILE).unlink(missing_ok=True)  # never beside another step's adapter
-        write(best)
-        write_json(best / EVAL_FILE, {"step": step, "loss": losses.get(step)})
-        shutil.rmtree(folder / f"best_step_{step}", ignore_errors=True)
 
     def roll_back(self) -> None:
         """At a resume (rank 0): set a best adapter aside that is of a validation which the checkpoint does not know.

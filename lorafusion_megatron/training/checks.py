@@ -94,31 +94,43 @@ def check_dataset(
         raise _too_long(
             dataset, capacity // multiple * multiple, rule, "raise runtime.token_capacity or shorten the row", key
         )
+    notes = _row_notes(job.name, dataset)
+    if section == "dataset":
+        job.check_length(len(dataset), key=job_key)
+        notes += _training_notes(job, len(dataset))
+    return notes
+
+
+def _row_notes(name: str, dataset: JobDataset) -> list[str]:
+    """What is told of a job's rows for training or validation."""
     notes = []
     if dataset.rows_without_labels:
         notes.append(
-            f"{job.name}: {dataset.rows_without_labels} of {len(dataset)} rows of {dataset.path} have no label token "
+            f"{name}: {dataset.rows_without_labels} of {len(dataset)} rows of {dataset.path} have no label token "
             "and train nothing"
         )
     if dataset.rows_truncated:
-        notes.append(f"{job.name}: {dataset.rows_truncated} rows of {dataset.path} were cut to max_length")
+        notes.append(f"{name}: {dataset.rows_truncated} rows of {dataset.path} were cut to max_length")
     if dataset.unread:
         notes.append(
-            f"{job.name}: rows of {dataset.path} have {', '.join(dataset.unread)}, which the chat template never "
+            f"{name}: rows of {dataset.path} have {', '.join(dataset.unread)}, which the chat template never "
             "mentions: nothing is trained of it"
         )
-    if section == "dataset":
-        job.check_length(len(dataset), key=job_key)
-        if job.train.global_batch_size > len(dataset):
-            notes.append(
-                f"{job.name}: a global batch of {job.train.global_batch_size} takes some of the {len(dataset)} rows "
-                "more than once"
-            )
-        if job.optimizer.lr > 0 and job.train.num_steps(len(dataset)) == 1 and job.lr_at(1, 1) == 0:
-            notes.append(
-                f"{job.name}: its one step trains nothing: {job.scheduler.lr_decay_style} decay ends at min_lr 0; "
-                "set scheduler.min_lr, or lr_decay_style: constant"
-            )
+    return notes
+
+
+def _training_notes(job: JobConfig, rows: int) -> list[str]:
+    """What is told of a job's steps over so many rows."""
+    notes = []
+    if job.train.global_batch_size > rows:
+        notes.append(
+            f"{job.name}: a global batch of {job.train.global_batch_size} takes some of the {rows} rows more than once"
+        )
+    if job.optimizer.lr > 0 and job.train.num_steps(rows) == 1 and job.lr_at(1, 1) == 0:
+        notes.append(
+            f"{job.name}: its one step trains nothing: {job.scheduler.lr_decay_style} decay ends at min_lr 0; "
+            "set scheduler.min_lr, or lr_decay_style: constant"
+        )
     return notes
 
 

@@ -41,12 +41,20 @@ def write_json(path: Path, value: Any) -> None:
     replace_text(path, strict_json(value))
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Replace a file atomically; nothing else is left where that fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def replace_text(path: Path, text: str, *, mode: int | None = None) -> None:
+    """Replace a file atomically; nothing else is left where that fails.
+
+    Args:
+        path: the file.
+        text: what it holds then, in UTF-8; names that are not UTF-8 come out as they were.
+        mode: its permissions; None: those of a new file.
+    """
+    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}")
     try:
-        with temporary.open("w") as file:
+        with temporary.open("w", encoding="utf-8", errors="surrogateescape") as file:
             file.write(text)
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

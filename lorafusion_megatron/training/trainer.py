@@ -301,7 +301,6 @@ class Trainer:
         ended = [job for job in self.jobs.values() if job.slot is not None and not job.live]
         if not ended:
             return False
-        self.saver.drain()
         self._write_adapters(ended)
         self.unsaved = self.groups.broadcast([job.name for job in ended if not self.writer.has_last(job)])
         for job in ended:
@@ -311,7 +310,8 @@ class Trainer:
         return True
 
     def _write_adapters(self, jobs: list[Job], *, keep: bool = True) -> None:
-        """Write the adapters of jobs as they are now, where their newest step has none yet; the saver is idle."""
+        """Write the adapters of jobs as they are now, where their newest step has none yet, and wait for all saves."""
+        self.saver.drain()
         unwritten = self.groups.broadcast([job.index for job in jobs if not self.writer.has_last(job)])
         self._save([SaveItem(wants={index: self.jobs[index].applied}, keep=keep) for index in unwritten])
         self.saver.drain()
